@@ -1,0 +1,1 @@
+"""Run transformers classifiers at the right shape."""

@@ -1,0 +1,60 @@
+"""One row of data per task: what goes into its graph, how each input is filled, and what every output axis means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hf_bucket.errors import ModelError
+
+AXES = ("row", "token", "label", "height", "width", "query")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What distinguishes one task from another.
+
+    Attributes:
+        name: the name in transformers' ``pipeline`` and optimum's ``TasksManager``.
+        aliases: other names users know it by.
+        input_axes: axes of every input, in order.
+        pad_ids: per input that a graph may take, what a padding token holds: a number, or the name of the
+            tokenizer's attribute that knows it.
+        output_axes: per output, the name of every axis, in order.
+        auto_class: the transformers class that loads a checkpoint with this head.
+        head: the end of the class name of such a checkpoint.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    input_axes: tuple[str, ...]
+    pad_ids: Mapping[str, int | str]
+    output_axes: Mapping[str, tuple[str, ...]]
+    auto_class: str
+    head: str
+
+
+TASKS = (
+    Task(
+        name="text-classification",
+        aliases=("sentiment-analysis", "sequence-classification"),
+        input_axes=("row", "token"),
+        pad_ids={"input_ids": "pad_token_id", "attention_mask": 0, "token_type_ids": "pad_token_type_id"},
+        output_axes={"logits": ("row", "label")},
+        auto_class="AutoModelForSequenceClassification",
+        head="ForSequenceClassification",
+    ),
+)
+
+
+def get_task(name: str) -> Task:
+    """Return the task called ``name`` or known by that alias.
+
+    Raises:
+        ModelError: no such task.
+    """
+    for task in TASKS:
+        if name == task.name or name in task.aliases:
+            return task
+    known = ", ".join(f'"{known}"' for task in TASKS for known in (task.name, *task.aliases))
+    raise ModelError(f"task {name!r} is not supported; use one of {known}")
