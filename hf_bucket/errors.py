@@ -6,7 +6,7 @@
     +-- InputError        (ValueError)    an input no model could take
     |   +-- InputTypeError (TypeError)    ... because it is not text, or not the right kind of array
     +-- ModelError        (ValueError)    a checkpoint without the head, the tokenizer or the pad token that is needed
-    +-- ExportError       (RuntimeError)  a model that could not be exported, or whose graph does not give torch's answer
+    +-- ExportError       (RuntimeError)  a model that could not be exported, or whose graph differs from torch
     +-- ArtifactError     (OSError)       an artifact that is missing, damaged, altered or from a newer version
     +-- ProviderError     (ValueError)    an execution provider that is unknown or not installed
     +-- DataError         (ValueError)    a data set without the column, split or label names that are needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class Ladder:
         ordered = tuple(sorted(self.buckets, key=lambda b: (prod(b.extent), b.extent, b.batch_size)))
         if not ordered:
             raise LadderError("buckets is empty; give at least one length, e.g. buckets=[64, 128]")
-        doubled = [b.name for b, following in zip(ordered, ordered[1:], strict=False) if b == following]
+        doubled = [b.name for b, following in itertools.pairwise(ordered) if b == following]
         if doubled:
             raise LadderError(f"bucket {doubled[0]} is given more than once; give each bucket once")
         if len({len(b.extent) for b in ordered}) > 1:
@@ -138,7 +139,7 @@ def make_ladder(buckets: int | Sequence[object], *, batch_sizes: Sequence[int] |
     Raises:
         LadderError: empty, zero, negative, fractional or doubled sizes, or lengths mixed with pairs.
     """
-    if isinstance(buckets, (str, bytes)) or not isinstance(buckets, Sequence) and not hasattr(buckets, "__index__"):
+    if isinstance(buckets, (str, bytes)) or not (isinstance(buckets, Sequence) or hasattr(buckets, "__index__")):
         raise LadderError(
             f'buckets must be a length, a list of lengths, a list of (batch_size, length) pairs, "auto" or "pow2"; '
             f"got {buckets!r}"
