@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -29,10 +29,10 @@ class Bucket:
     extent: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.extent, Sequence) or not self.extent:
+            raise LadderError(f"a bucket needs an extent such as (64,), got {self.extent!r}")
         object.__setattr__(self, "batch_size", _size(self.batch_size, "a batch size"))
         object.__setattr__(self, "extent", tuple(_size(size, "a bucket's length") for size in self.extent))
-        if not self.extent:
-            raise LadderError("a bucket needs an extent such as (64,), got ()")
 
     @property
     def length(self) -> int:
@@ -129,16 +129,21 @@ class Ladder:
         return tuple(b for b in self.buckets if b.length == length)
 
 
-def make_ladder(buckets: int | Sequence[object], *, batch_sizes: Sequence[int] | None = None) -> Ladder:
+def make_ladder(buckets: int | Sequence[object] | Ladder, *, batch_sizes: Sequence[int] | None = None) -> Ladder:
     """Build a text ladder from what users write.
 
     Args:
-        buckets: one length, several lengths (``[64, 128]``), or ``(batch_size, length)`` pairs.
-        batch_sizes: combined with every length; None means ``DEFAULT_BATCH_SIZES``. Not allowed beside pairs.
+        buckets: one length, several lengths (``[64, 128]``), ``(batch_size, length)`` pairs, or a ladder.
+        batch_sizes: combined with every length; None means ``DEFAULT_BATCH_SIZES``. Not allowed beside pairs or
+            a ladder.
 
     Raises:
         LadderError: empty, zero, negative, fractional or doubled sizes, or lengths mixed with pairs.
     """
+    if isinstance(buckets, Ladder):
+        buckets = [(bucket.batch_size, bucket.length) for bucket in buckets]
+    if hasattr(buckets, "tolist"):  # a numpy array or number
+        buckets = buckets.tolist()
     if isinstance(buckets, (str, bytes)) or not (isinstance(buckets, Sequence) or hasattr(buckets, "__index__")):
         raise LadderError(
             f'buckets must be a length, a list of lengths, a list of (batch_size, length) pairs, "auto" or "pow2"; '
@@ -164,8 +169,10 @@ def cross(lengths: Sequence[object], batch_sizes: Sequence[object]) -> Ladder:
     Raises:
         LadderError: a list is empty, or a size is doubled or not a whole number of at least 1.
     """
-    if not batch_sizes:
-        raise LadderError("batch_sizes is empty; give at least one, e.g. batch_sizes=[1, 8]")
+    if isinstance(batch_sizes, (str, bytes)) or not isinstance(batch_sizes, Iterable):
+        raise LadderError(f"batch_sizes must be a list such as [1, 8], got {batch_sizes!r}")
     sizes = [_size(batch, "a batch size") for batch in batch_sizes]
+    if not sizes:
+        raise LadderError("batch_sizes is empty; give at least one, e.g. batch_sizes=[1, 8]")
     tokens = [_size(length, "a bucket's length") for length in lengths]
     return Ladder(tuple(Bucket(batch_size=batch, extent=(length,)) for length in tokens for batch in sizes))

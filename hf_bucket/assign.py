@@ -1,0 +1,84 @@
+"""Which rows share which batch: every row goes to the smallest length that holds it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hf_bucket.errors import too_long
+from hf_bucket.ladder import Bucket, Ladder
+
+Cost = Callable[[Bucket], float]
+
+# One run of a session costs about as much as this many more cells: MiniLM-L6 takes 1.34 times as long per cell in a
+# batch of 1 x 64 as in one of 8 x 64 (benchmarks/overhead.py measures it).
+RUN_OVERHEAD_CELLS = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """One batch to run: ``rows`` are positions in the request, at most ``bucket.batch_size`` of them."""
+
+    bucket: Bucket
+    rows: tuple[int, ...]
+
+
+def cells_cost(bucket: Bucket) -> float:
+    """Return the cost of one run in cells, where no measurement is at hand."""
+    return bucket.cells + RUN_OVERHEAD_CELLS
+
+
+def assign(lengths: Sequence[int], ladder: Ladder, cost: Cost = cells_cost) -> list[Assignment]:
+    """Return the batches that run every row once, shortest buckets first.
+
+    Args:
+        lengths: tokens of every row, special tokens included.
+        cost: what one run of a bucket costs, in any unit.
+
+    Raises:
+        TooLongError: a row is longer than the largest bucket.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    holder = [ladder.buckets[0].length] * (ladder.buckets[0].length + 1)
+    for length in ladder.lengths:
+        holder.extend([length] * (length + 1 - len(holder)))
+    for row, length in enumerate(lengths):
+        if length > ladder.max_length:
+            raise too_long(length, ladder.max_length, maximum=None, row=row)
+        groups[holder[length]].append(row)
+    assignments: list[Assignment] = []
+    for length in sorted(groups):
+        rows = groups[length]
+        start = 0
+        for bucket in cover(len(rows), ladder.of_length(length), cost):
+            assignments.append(Assignment(bucket=bucket, rows=tuple(rows[start : start + bucket.batch_size])))
+            start += bucket.batch_size
+    return assignments
+
+
+def cover(n_rows: int, options: Sequence[Bucket], cost: Cost) -> list[Bucket]:
+    """Return the cheapest runs that hold ``n_rows`` rows of one length, largest batch first.
+
+    Args:
+        options: buckets of one length that differ in batch size.
+
+    The answer is exact. A bucket cheapest per row fills all but the last few rows: among any ``batch_size`` other
+    runs some have sizes adding up to a multiple of its batch size, and could be replaced by it at no greater cost.
+    """
+    best = min(options, key=lambda bucket: (cost(bucket) / bucket.batch_size, -bucket.batch_size))
+    largest = max(bucket.batch_size for bucket in options)
+    bulk = max(0, n_rows - best.batch_size * largest) // best.batch_size
+    rest = n_rows - bulk * best.batch_size
+    least = [0.0] + [float("inf")] * rest
+    last: list[Bucket] = [best] * (rest + 1)
+    for rows in range(1, rest + 1):
+        for bucket in options:
+            total = least[max(0, rows - bucket.batch_size)] + cost(bucket)
+            if total < least[rows]:
+                least[rows], last[rows] = total, bucket
+    runs = [best] * bulk
+    while rest > 0:
+        runs.append(last[rest])
+        rest -= last[rest].batch_size
+    return sorted(runs, key=lambda bucket: -bucket.batch_size)

@@ -1,0 +1,86 @@
+"""From rows of tokens to one static batch and back: pad and unpad are each other's inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_bucket.assign import Assignment
+from hf_bucket.ladder import Bucket
+from hf_bucket.tasks import Signature
+
+Array = NDArray[np.generic]
+Row = Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """A request as tokens, without padding.
+
+    Attributes:
+        lengths: tokens of every row.
+        columns: per graph input, the values of every row; row ``i`` has ``lengths[i]`` of them.
+        truncated: rows that were cut to fit, ascending.
+    """
+
+    lengths: tuple[int, ...]
+    columns: Mapping[str, Sequence[Sequence[int] | NDArray[np.int64]]]
+    truncated: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedBatch:
+    """One static batch, with all that is needed to take its padding off again.
+
+    Attributes:
+        rows: position in the request of every real row; they come first, padding rows after them.
+        lengths: tokens of every real row.
+        arrays: per graph input, an array of shape ``(bucket.batch_size, *bucket.extent)``.
+    """
+
+    bucket: Bucket
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    arrays: Mapping[str, Array]
+
+
+def pad(features: Features, assignment: Assignment, signature: Signature) -> PaddedBatch:
+    """Return the static batch of one assignment.
+
+    A padding token holds its input's ``pad_id``. A padding row repeats the first real row: values the model has seen,
+    so that no architecture divides by a row without tokens.
+    """
+    bucket, rows = assignment.bucket, assignment.rows
+    lengths = tuple(features.lengths[row] for row in rows)
+    arrays: dict[str, Array] = {}
+    for spec in signature.inputs:
+        column = features.columns[spec.name]
+        array = np.full((bucket.batch_size, *bucket.extent), spec.pad_id, dtype=spec.dtype)
+        for position, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            array[position, :length] = column[row]
+        array[len(rows) :] = array[0]
+        arrays[spec.name] = array
+    return PaddedBatch(bucket=bucket, rows=rows, lengths=lengths, arrays=arrays)
+
+
+def unpad(batch: PaddedBatch, outputs: Mapping[str, Array], signature: Signature) -> dict[int, Row]:
+    """Return every real row's outputs by its position in the request.
+
+    Only axes named ``token`` are cut to the row's length; an axis of the same size by chance is left alone.
+    """
+    results: dict[int, Row] = {}
+    for position, (row, length) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
+        result: dict[str, Array] = {}
+        for spec in signature.outputs:
+            index = tuple(
+                position if axis == "row" else slice(length if axis == "token" else None) for axis in spec.axes
+            )
+            result[spec.name] = outputs[spec.name][index].copy()
+        results[row] = result
+    return results

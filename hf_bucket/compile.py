@@ -1,0 +1,360 @@
+"""From a model anywhere to an artifact in the cache: fetch, export once, specialise often, check every bucket."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import filelock
+import numpy as np
+from huggingface_hub import constants
+
+from hf_bucket.artifact import (
+    GRAPH,
+    Artifact,
+    hash_file,
+    is_artifact,
+    link_files,
+    open_artifact,
+    record_files,
+    variant_name,
+    write_folder,
+)
+from hf_bucket.encode import Encoder, check_texts
+from hf_bucket.errors import ArtifactError, BucketError, BucketWarning, LadderError, ModelError
+from hf_bucket.export import Dtype, export, quiet, read_checkpoint
+from hf_bucket.facts import Facts, check_vocabulary, read_facts
+from hf_bucket.graph import adopt, load_graph, save_graph, specialise
+from hf_bucket.ladder import Ladder
+from hf_bucket.manifest import MANIFEST, Manifest
+from hf_bucket.planner import Histogram, resolve_ladder
+from hf_bucket.probes import PROBES, Probe, load_probes, probe_rows, save_probes, validate
+from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph, open_variant
+from hf_bucket.source import Files, Hub, Source, locate
+from hf_bucket.tasks import Signature, Task, get_task
+
+ATOL = {"float32": 1e-4, "float16": 2e-2}
+
+_MODEL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*.onnx",
+    "*.onnx.data",
+    "*.onnx_data",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileOptions:
+    """What to compile.
+
+    Attributes:
+        buckets: lengths, ``(batch_size, length)`` pairs, ``"auto"`` or ``"pow2"``; None keeps an artifact's own ladder
+            and means ``"auto"`` for anything else.
+        batch_sizes: combined with every length; None is ``ladder.DEFAULT_BATCH_SIZES``.
+        n_buckets: lengths that ``"auto"`` may use.
+        calibration: texts, or token counts, that ``"auto"`` fits the ladder to; None knows nothing of the lengths.
+        dtype: of the exported weights.
+        export: True insists on the checkpoint, False on an existing ONNX graph; None takes what is there.
+        verbose: let the exporters talk.
+    """
+
+    buckets: int | str | Sequence[object] | None = None
+    batch_sizes: Sequence[int] | None = None
+    n_buckets: int = 8
+    calibration: Iterable[object] | None = None
+    dtype: Dtype = "float32"
+    export: bool | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ATOL:
+            raise ModelError(f"dtype must be one of {', '.join(ATOL)}, got {self.dtype!r}")
+
+
+Report = Callable[[str], None]
+
+
+def say(line: str) -> None:
+    """Print one progress line where users of long commands look for it."""
+    print(f"hf_bucket: {line}", file=sys.stderr, flush=True)
+
+
+def compile_model(
+    source: Source,
+    options: CompileOptions | None = None,
+    *,
+    task: str = "text-classification",
+    hub: Hub | None = None,
+    report: Report = say,
+) -> Artifact:
+    """Return the artifact of a model, compiling it unless the cache has it.
+
+    Args:
+        source: where the model is.
+        options: what to compile.
+        hub: stands in for the real Hub.
+        report: gets one line per stage.
+
+    Raises:
+        ModelError: there is no such model, or it does not fit the task.
+        LadderError: the buckets do not fit the model.
+        ExportError: the model cannot be exported, or its answer depends on padding.
+        ArtifactError: the artifact found is damaged.
+    """
+    wanted = CompileOptions() if options is None else options
+    files = locate(source, export=wanted.export, manifest=MANIFEST, hub=hub)
+    if files.kind == "artifact":
+        return _with_ladder(open_artifact(files.folder), wanted, report)
+    row = get_task(task)
+    checkpoint = files.kind == "checkpoint"
+    job = _checkpoint_job(files, source, row, wanted) if checkpoint else _graph_job(files, source, row)
+    ladder = _ladder(wanted, job.encoder, job.facts.max_length, report)
+    return _cached(job, ladder, report)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One model to turn into an artifact.
+
+    Attributes:
+        key: of the model in the cache, whatever the ladder.
+        make: writes graph, weights, config and tokenizer into a folder; returns the signature and the probes.
+    """
+
+    key: str
+    task: Task
+    facts: Facts
+    encoder: Encoder
+    source: dict[str, str]
+    make: Callable[[Path, Report], tuple[Signature, tuple[Probe, ...]]]
+
+
+def _checkpoint_job(files: Files, source: Source, task: Task, options: CompileOptions) -> _Job:
+    with quiet(options.verbose):
+        checkpoint = read_checkpoint(files.folder, task, trust_remote_code=source.trust_remote_code)
+
+    def make(folder: Path, report: Report) -> tuple[Signature, tuple[Probe, ...]]:
+        report(f"exporting {source.name} (once for all buckets; about 15 s for a small model)")
+        exported = export(checkpoint, task, folder, dtype=options.dtype, verbose=options.verbose)
+        return exported.signature, exported.probes
+
+    made_by = {"made_by": "torch", "dtype": options.dtype}
+    return _Job(
+        key=_key(files.folder, [*made_by.values(), task.name]),
+        task=task,
+        facts=checkpoint.facts,
+        encoder=checkpoint.encoder,
+        source={"name": source.name, "revision": source.revision or "", **made_by},
+        make=make,
+    )
+
+
+def _graph_job(files: Files, source: Source, task: Task) -> _Job:
+    folder, graph = files.folder, files.graph
+    if graph is None or not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder} has a graph but no tokenizer.json beside it; save a fast tokenizer there")
+    encoder = Encoder((folder / "tokenizer.json").read_text(encoding="utf-8"), inputs=list(task.pad_ids))
+    facts = read_facts(folder, task, encoder)
+    check_vocabulary(encoder, facts)
+
+    def make(target: Path, report: Report) -> tuple[Signature, tuple[Probe, ...]]:
+        report(f"reading {graph}")
+        model = load_graph(graph)
+        signature = adopt(model, task, facts.pad_ids)
+        save_graph(model, target / GRAPH)
+        link_files([path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")], target)
+        rows = probe_rows(encoder, facts.max_length, facts.vocab_size)
+        engine = open_graph(target / GRAPH, EngineOptions())
+        return signature, tuple(_graph_probe(engine, signature, row) for row in rows)
+
+    return _Job(
+        key=_key(graph.parent, [task.name, _key(folder, [])]),
+        task=task,
+        facts=facts,
+        encoder=encoder,
+        source={"name": source.name, "revision": source.revision or "", "made_by": "onnx", "dtype": "float32"},
+        make=make,
+    )
+
+
+def _graph_probe(engine: object, signature: Signature, row: tuple[int, ...]) -> Probe:
+    values = {"input_ids": row, "attention_mask": [1] * len(row), "token_type_ids": [0] * len(row)}
+    arrays = {spec.name: np.array([values[spec.name]], dtype=spec.dtype) for spec in signature.inputs}
+    logits = engine.run(["logits"], arrays)[0][0]  # type: ignore[attr-defined]  # onnxruntime has no types
+    return Probe(input_ids=row, logits=tuple(float(value) for value in logits))
+
+
+def _ladder(options: CompileOptions, encoder: Encoder, max_length: int | None, report: Report) -> Ladder:
+    buckets = "auto" if options.buckets is None else options.buckets
+    histogram = None
+    if options.calibration is not None:
+        histogram = Histogram.from_lengths(_calibration_lengths(options.calibration, encoder))
+    elif buckets == "auto":
+        report('no calibration_dataset for buckets="auto": taking lengths in even steps of size instead')
+    return resolve_ladder(
+        buckets,
+        batch_sizes=options.batch_sizes,
+        min_length=encoder.min_length,
+        max_length=max_length,
+        histogram=histogram,
+        n_buckets=options.n_buckets,
+    )
+
+
+def _calibration_lengths(calibration: Iterable[object], encoder: Encoder) -> Sequence[int]:
+    if isinstance(calibration, (str, bytes, dict)):
+        raise LadderError("calibration_dataset must be a list or column of texts, dicts or lengths, not a single text")
+    items = list(calibration)
+    if not items:
+        raise LadderError("calibration_dataset is empty; give some texts or lengths, or leave it out")
+    lengths = [int(item) for item in items if isinstance(item, (int, np.integer))]
+    if len(lengths) == len(items):
+        return lengths
+    return encoder.lengths(check_texts(items))
+
+
+def _with_ladder(artifact: Artifact, options: CompileOptions, report: Report) -> Artifact:
+    """Return the artifact, with other buckets if they are asked for; never exports again."""
+    if options.buckets is None:
+        return artifact
+    manifest = artifact.manifest
+    encoder = Encoder(artifact.tokenizer_json(), inputs=manifest.signature.input_names)
+    ladder = _ladder(options, encoder, manifest.max_length, report)
+    if ladder == manifest.ladder:
+        return artifact
+    key = hashlib.sha256(f"{manifest.files[GRAPH].sha256}{manifest.files.get(PROBES)}".encode()).hexdigest()
+    return _in_cache(key, ladder, lambda folder: _extend(artifact, ladder, folder, report))
+
+
+def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
+    """Return the artifact from the cache; else give another ladder of the same model these buckets; else export."""
+
+    def fill(folder: Path) -> None:
+        sibling = _sibling(cache_root() / job.key)
+        if sibling is not None:
+            _extend(sibling, ladder, folder, report)
+            return
+        signature, probes = job.make(folder, report)
+        save_probes(probes, job.source["made_by"], folder)
+        manifest = Manifest(
+            task=job.task.name,
+            ladder=ladder,
+            signature=signature,
+            max_length=job.facts.max_length,
+            vocab_size=job.facts.vocab_size,
+            labels=job.facts.labels,
+            problem_type=job.facts.problem_type,
+            source=job.source,
+            versions=_versions(),
+            validation=(),
+            files={},
+        )
+        _finish(folder, manifest, report)
+
+    return _in_cache(job.key, ladder, fill)
+
+
+def _sibling(folder: Path) -> Artifact | None:
+    for candidate in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else ():
+        try:
+            return open_artifact(candidate.parent)
+        except ArtifactError as error:
+            warnings.warn(f"ignoring a damaged cache entry: {error}", BucketWarning, stacklevel=2)
+    return None
+
+
+def _extend(artifact: Artifact, ladder: Ladder, folder: Path, report: Report) -> None:
+    """Fill ``folder`` with the same model for another ladder."""
+    variants = {variant_name(bucket) for bucket in artifact.manifest.ladder}
+    link_files([artifact.path(name) for name in artifact.manifest.files if name not in variants], folder)
+    _finish(folder, replace(artifact.manifest, ladder=ladder), report)
+
+
+def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
+    """Write and check the variants of a folder that holds everything else, then its manifest."""
+    report(f"specialising and checking {len(manifest.ladder)} buckets: {manifest.ladder}")
+    reference, probes = load_probes(folder / PROBES)
+    for bucket in manifest.ladder:
+        specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
+    draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
+    options = EngineOptions()
+    shared = open_graph(folder / GRAPH, options)
+    atol = ATOL[manifest.source.get("dtype", "float32")]
+    checks = []
+    for bucket in manifest.ladder:
+        static = open_variant(draft, bucket, options)
+        both = [
+            validate(bucket, session, probes, manifest.signature, reference=reference, atol=atol)
+            for session in (static, OrtSession(bucket, shared, static.output_names))
+        ]
+        checks.append(max(both, key=lambda check: (check.label_flips, check.max_abs_delta)))
+    final = replace(draft.manifest, validation=tuple(checks))
+    (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
+
+
+def cache_root() -> Path:
+    """Return the folder of compiled models: ``HF_BUCKET_CACHE``, or ``hf_bucket`` under the Hugging Face home."""
+    chosen = os.environ.get("HF_BUCKET_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(constants.HF_HOME) / "hf_bucket"
+
+
+def _in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact:
+    """Return the cache entry, filled if need be; without a usable cache, one that lasts as long as the process."""
+    name = hashlib.sha256(str(ladder).encode()).hexdigest()[:16]
+    target = cache_root() / key / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.with_name(f"{name}.lock")):
+            if is_artifact(target):
+                try:
+                    return open_artifact(target)
+                except ArtifactError as error:
+                    warnings.warn(f"compiling again: {error}", BucketWarning, stacklevel=2)
+            write_folder(target, fill)
+            return open_artifact(target)
+    except BucketError:
+        raise
+    except OSError as error:
+        warnings.warn(
+            f"the cache {cache_root()} cannot be written ({error}); compiling without it. Set HF_BUCKET_CACHE to a "
+            f"folder with free space, or save_pretrained the model",
+            BucketWarning,
+            stacklevel=2,
+        )
+    folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_folder(folder / name, fill)
+    return open_artifact(folder / name)
+
+
+def _key(folder: Path, options: Sequence[str]) -> str:
+    """Return a key that changes with any file of the model, any option and any version that made it."""
+    digest = hashlib.sha256(repr([*options, sorted(_versions().items())]).encode())
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES):
+            digest.update(f"{path.name}:{hash_file(path)};".encode())
+    return digest.hexdigest()[:32]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("hf-bucket", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

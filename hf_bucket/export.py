@@ -1,0 +1,224 @@
+"""From a checkpoint to a graph with free dimensions; the only room that knows torch.onnx."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_bucket.artifact import GRAPH
+from hf_bucket.encode import Encoder
+from hf_bucket.errors import ExportError, ModelError, missing_part
+from hf_bucket.facts import Facts, check_vocabulary
+from hf_bucket.graph import adopt, save_graph
+from hf_bucket.probes import Probe, probe_rows
+from hf_bucket.tasks import Signature, Task, true_max_length
+
+Dtype = Literal["float32", "float16"]
+
+_TRACE_SHAPE = (3, 11)  # no size is 1 or equal to another, so that no dimension is mistaken for a constant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint's config and tokenizer, read by transformers; its weights are still on disk."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    encoder: Encoder
+    facts: Facts
+    trust_remote_code: bool
+
+    def save(self, folder: Path) -> None:
+        """Write config and tokenizer as transformers does."""
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def read_checkpoint(folder: Path, task: Task, *, trust_remote_code: bool) -> Checkpoint:
+    """Return a checkpoint's config and tokenizer.
+
+    Raises:
+        ModelError: the tokenizer is slow, lacks a pad token, or knows more ids than the model embeds.
+        DependencyError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+    except ImportError as error:
+        raise missing_part(error.name or "transformers", "export", "compiling a checkpoint") from error
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no config and tokenizer that transformers can load: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer; save the model with one that has a tokenizer.json"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has no pad token, so no bucket can be filled up; set one that the model was trained with, "
+            "e.g. tokenizer.pad_token = tokenizer.eos_token, and save the tokenizer again"
+        )
+    names = [name for name in task.pad_ids if name in tokenizer.model_input_names]
+    encoder = Encoder(tokenizer.backend_tokenizer.to_str(), inputs=names)
+    facts = Facts(
+        max_length=true_max_length(config.to_dict()),
+        vocab_size=getattr(config, "vocab_size", None),
+        labels=tuple(str(config.id2label[index]) for index in range(config.num_labels)),
+        problem_type=config.problem_type,
+        pad_ids={name: _pad_id(task.pad_ids[name], tokenizer) for name in names},
+    )
+    check_vocabulary(encoder, facts)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        facts=facts,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _pad_id(rule: int | str, tokenizer: Any) -> int:
+    return rule if isinstance(rule, int) else int(getattr(tokenizer, rule))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What an export left in its folder, beside ``model.onnx`` and its weights."""
+
+    signature: Signature
+    probes: tuple[Probe, ...]
+
+
+def export(checkpoint: Checkpoint, task: Task, folder: Path, *, dtype: Dtype, verbose: bool) -> Exported:
+    """Write ``model.onnx`` with free dimensions, config and tokenizer into ``folder``.
+
+    Args:
+        dtype: of the weights; a half-precision checkpoint becomes float32 unless asked otherwise.
+        verbose: let the exporters talk.
+
+    Raises:
+        ModelError: the checkpoint has no weights for this task's head.
+        ExportError: the model cannot be exported.
+    """
+    with quiet(verbose):
+        model = _load_model(checkpoint, task, dtype)
+        names = _accepted(model, checkpoint.facts.pad_ids)
+        probes = probe_rows(checkpoint.encoder, checkpoint.facts.max_length, checkpoint.facts.vocab_size)
+        references = [_torch_logits(model, row, names, checkpoint) for row in probes]
+        graph = _trace(model, names, checkpoint)
+        signature = adopt(graph, task, {name: checkpoint.facts.pad_ids[name] for name in names})
+        missing = [name for name in names if name not in signature.input_names]
+        if "attention_mask" in missing or "input_ids" in missing:
+            raise ExportError(f"the exported graph does not take {missing}, so padding could not be told from tokens")
+        save_graph(graph, folder / GRAPH)
+        checkpoint.save(folder)
+    return Exported(
+        signature=signature,
+        probes=tuple(Probe(input_ids=row, logits=logits) for row, logits in zip(probes, references, strict=True)),
+    )
+
+
+def _load_model(checkpoint: Checkpoint, task: Task, dtype: Dtype) -> Any:
+    try:
+        import torch
+        from optimum.exporters.tasks import TasksManager
+    except ImportError as error:
+        raise missing_part(error.name or "torch", "export", "exporting a checkpoint") from error
+    auto_class = TasksManager.get_model_class_for_task(task.name, framework="pt")
+    try:
+        model, info = auto_class.from_pretrained(
+            checkpoint.folder,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{checkpoint.folder} cannot be loaded for {task.name}: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{checkpoint.folder} has no weights for {', '.join(missing[:4])}: it was not trained for {task.name} "
+            f"(its architecture is {checkpoint.config.architectures}); use a {task.head} checkpoint"
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
+    return model.eval()
+
+
+def _accepted(model: Any, pad_ids: Mapping[str, int]) -> list[str]:
+    """Return the inputs that both the tokenizer makes and the model's ``forward`` takes."""
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name in pad_ids if name in parameters]
+
+
+def _inputs(rows: Sequence[Sequence[int]], names: Sequence[str], pad_ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return right-padded int64 tensors of shape ``(rows, longest)`` for the named inputs."""
+    import torch
+
+    longest = max(map(len, rows))
+    values = {
+        "input_ids": [[*row] + [pad_ids["input_ids"]] * (longest - len(row)) for row in rows],
+        "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+        "token_type_ids": [[0] * longest for _ in rows],
+    }
+    return {name: torch.tensor(values[name], dtype=torch.int64) for name in names}
+
+
+def _torch_logits(model: Any, row: Sequence[int], names: Sequence[str], checkpoint: Checkpoint) -> tuple[float, ...]:
+    """Return torch's answer for one row without padding."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(**_inputs([row], names, checkpoint.facts.pad_ids)).logits
+    return tuple(float(value) for value in logits[0].float())
+
+
+def _trace(model: Any, names: Sequence[str], checkpoint: Checkpoint) -> Any:
+    import torch
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    rows, columns = _TRACE_SHAPE
+    filler = probe_rows(checkpoint.encoder, columns, checkpoint.facts.vocab_size, lengths=[columns] * rows)
+    inputs = _inputs([*filler[:-1], filler[-1][: columns - 3]], names, checkpoint.facts.pad_ids)
+    free = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in names}
+    try:
+        return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic_shapes=free)).program
+    except Exception as error:  # torch.export, torch.onnx and onnxscript each raise their own
+        reason = str(error).strip().splitlines()
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported with free dimensions: {type(error).__name__}: "
+            f"{reason[0] if reason else ''}; see the chained error, or pass verbose=True"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """Keep the exporters' prints, progress bars, log lines and warnings from the user, unless ``verbose``."""
+    if verbose:
+        yield
+        return
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,379 @@
+"""GLUE: its tasks as data, its texts and labels, and the evaluation of a bucketed model on them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from huggingface_hub import hf_hub_download
+
+from hf_bucket.encode import Text
+from hf_bucket.errors import DataError, ModelError, missing_part
+from hf_bucket.evaluate import EvalReport, EvalRequest, figures, installed_versions, measure, this_machine
+from hf_bucket.metrics import Logits, Numbers, score
+from hf_bucket.systems import Job, Start, start_worker
+
+HUB_DATASET = "nyu-mll/glue"
+CALIBRATION_ROWS = 10_000  # of a train split: QQP and MNLI have 40 times as many, which would plan the same ladder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlueTask:
+    """One task of GLUE, in the words of the Hub's ``nyu-mll/glue``.
+
+    Attributes:
+        columns: the column of the text and, for pairs, of the text pair.
+        labels: label names in the data set's order; empty for a regression.
+        splits: names of the splits. GLUE keeps the labels of ``test`` to itself, except MRPC's.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    splits: tuple[str, ...] = ("train", "validation", "test")
+
+
+GLUE_TASKS = (
+    GlueTask(name="cola", columns=("sentence",), labels=("unacceptable", "acceptable")),
+    GlueTask(name="sst2", columns=("sentence",), labels=("negative", "positive")),
+    GlueTask(name="mrpc", columns=("sentence1", "sentence2"), labels=("not_equivalent", "equivalent")),
+    GlueTask(name="qqp", columns=("question1", "question2"), labels=("not_duplicate", "duplicate")),
+    GlueTask(name="stsb", columns=("sentence1", "sentence2"), labels=()),
+    GlueTask(
+        name="mnli",
+        columns=("premise", "hypothesis"),
+        labels=("entailment", "neutral", "contradiction"),
+        splits=("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched"),
+    ),
+    GlueTask(name="qnli", columns=("question", "sentence"), labels=("entailment", "not_entailment")),
+    GlueTask(name="rte", columns=("sentence1", "sentence2"), labels=("entailment", "not_entailment")),
+    GlueTask(name="wnli", columns=("sentence1", "sentence2"), labels=("not_entailment", "entailment")),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskData:
+    """One split of one task; ``texts[row]`` belongs to ``labels[row]``.
+
+    Attributes:
+        texts: a string per row, or a pair where the task has two columns.
+        labels: label indices in the data set's order (int64), or for a regression numbers (float64). Shape: (row,).
+    """
+
+    task: GlueTask
+    split: str
+    texts: list[Text]
+    labels: Numbers
+
+
+def evaluate(
+    request: EvalRequest,
+    *,
+    start: Start = start_worker,
+    say: Callable[[str], None] = lambda line: None,
+) -> EvalReport:
+    """Measure torch without padding, transformers' pipeline and the bucketed model on a GLUE task.
+
+    Args:
+        start: starts one system and waits until it has loaded; by default in a process of its own.
+        say: receives one line per step.
+
+    Raises:
+        BucketError: data, label names or a model that cannot be used, or a system that failed.
+    """
+    task = get_glue_task(request.task)
+    parts = _load_parts(task, request)
+    for part in parts:
+        score(task.name, part.labels, part.labels)  # what cannot be scored fails here, before the long work
+    order = align_labels(read_label_names(request.model, request.revision), task.labels, request.label_order)
+    calibration = _calibration(task, request, parts)
+    measured = measure(_job(request, parts, calibration), rounds=request.rounds, start=start, say=say)
+    return EvalReport(
+        task=task.name,
+        split=_split_names(parts),
+        n=len(_all_texts(parts)),
+        model=request.model,
+        revision=request.revision,
+        labels=tuple(task.labels[index] for index in order) if task.labels else (),
+        calibration=_split_names(calibration) or None,
+        ladder=measured.ladder,
+        max_length=measured.max_length,
+        rounds=request.rounds,
+        pipeline_batch_size=request.pipeline_batch_size,
+        command=request.command,
+        versions=installed_versions(),
+        machine=this_machine(),
+        systems=tuple(
+            figures(measured, system, _score(parts, order, measured.logits(system))) for system in measured.passes
+        ),
+    )
+
+
+def get_glue_task(name: str) -> GlueTask:
+    """Return the task called ``name``.
+
+    Raises:
+        DataError: no such task.
+    """
+    for task in GLUE_TASKS:
+        if task.name == name:
+            return task
+    raise DataError(f"task {name!r} is not in GLUE; use one of {', '.join(task.name for task in GLUE_TASKS)}")
+
+
+def expand_split(task: GlueTask, split: str) -> tuple[str, ...]:
+    """Return the splits that ``split`` stands for: those joined by ``+``, and both halves of MNLI's ``validation``."""
+    expanded: list[str] = []
+    for part in split.split("+"):
+        halves = [name for name in task.splits if name.startswith(f"{part}_")]
+        expanded.extend(halves or [part])
+    return tuple(dict.fromkeys(expanded))
+
+
+def load_task(task: str, split: str, *, data_dir: Path | None = None, limit: int | None = None) -> TaskData:
+    """Return one labelled split.
+
+    Args:
+        data_dir: folder with ``<task>/<split>.parquet`` or ``<split>.parquet`` (or .csv, .jsonl); None asks the Hub.
+        limit: rows to return at most, from the first.
+
+    Raises:
+        DataError: an unknown task, a missing file, split or column, a split without labels, or a bad value.
+        DependencyError: datasets is not installed.
+    """
+    row = get_glue_task(task)
+    if data_dir is None:
+        columns, source = _read_hub(row, split, limit), f"{HUB_DATASET} {task} {split}"
+    else:
+        path = _find_file(data_dir, task, split)
+        if path is None:
+            raise _no_file(data_dir, task, split)
+        columns, source = _read_file(path, limit), str(path)
+    missing = [name for name in (*row.columns, "label") if name not in columns]
+    if missing:
+        raise DataError(
+            f"{source} has no column {missing[0]!r}; it has {', '.join(columns)}, and {task} needs "
+            f"{', '.join((*row.columns, 'label'))}"
+        )
+    if not columns["label"]:
+        raise DataError(f"{source} has no rows; give a split with at least one")
+    labels = _labels(columns["label"], row, source)
+    return TaskData(task=row, split=split, texts=_texts(columns, row, source), labels=labels)
+
+
+def align_labels(
+    model_names: Mapping[int, str], task_labels: Sequence[str], label_order: Sequence[str] | None = None
+) -> tuple[int, ...]:
+    """Return the task's label index of each of the model's, so that ``order[model_index] == task_index``.
+
+    Names are the same when they differ only in case, underscores, hyphens and spaces.
+
+    Args:
+        model_names: the model's ``id2label``.
+        task_labels: names in the data set's order; empty for a regression, which needs a model with one output.
+        label_order: the task's names in the model's order, instead of the model's own names.
+
+    Raises:
+        DataError: names that say nothing (``LABEL_0``) without a ``label_order``, or that are not the task's.
+    """
+    names = [model_names[index] for index in sorted(model_names)]
+    listed = ", ".join(names)
+    expected = len(task_labels) or 1
+    if len(names) != expected:
+        kind = f"the labels {', '.join(task_labels)}" if task_labels else "one output, for a regression"
+        raise DataError(f"the model has {len(names)} outputs ({listed}); this task needs {kind}")
+    if not task_labels:
+        if label_order is not None:
+            raise DataError(f"label_order is {', '.join(label_order)}, but a regression has no labels; drop it")
+        return (0,)
+    hint = f"list the task's labels ({', '.join(task_labels)}) in the model's order with --label-order"
+    if label_order is None and any(_NAMELESS.fullmatch(_normal(name)) for name in names):
+        raise DataError(f"the model's label names ({listed}) do not say which label is which; {hint}")
+    indices = {_normal(label): index for index, label in enumerate(task_labels)}
+    given = [_normal(name) for name in (names if label_order is None else label_order)]
+    if sorted(given) != sorted(indices):
+        who = f"the model's labels are {listed}" if label_order is None else f"label_order is {', '.join(label_order)}"
+        raise DataError(f"{who}, which are not the task's; {hint}")
+    return tuple(indices[name] for name in given)
+
+
+_NAMELESS = re.compile(r"label\d+")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def read_label_names(model: str, revision: str | None = None) -> dict[int, str]:
+    """Return the label names by index from a checkpoint's ``config.json``, without loading anything else.
+
+    Raises:
+        ModelError: no such config, or a compiled artifact, which has no torch weights to compare with.
+    """
+    folder = Path(model).expanduser()
+    if (folder / "bucket_config.json").exists():
+        raise ModelError(f"{model} is a compiled artifact without torch weights; evaluate the checkpoint it came from")
+    try:
+        path = folder / "config.json" if folder.is_dir() else hf_hub_download(model, "config.json", revision=revision)
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the config.json of {model}: {str(error).splitlines()[0]}") from error
+    unnamed = {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}  # as transformers has it
+    return {int(index): str(name) for index, name in (config.get("id2label") or unnamed).items()}
+
+
+def _load_parts(task: GlueTask, request: EvalRequest) -> list[TaskData]:
+    splits = expand_split(task, request.split)
+    return [load_task(task.name, split, data_dir=request.data_dir, limit=request.limit) for split in splits]
+
+
+def _calibration(task: GlueTask, request: EvalRequest, parts: Sequence[TaskData]) -> tuple[TaskData, ...]:
+    """Return the data to plan a ladder from: the train split where there is one; empty when none is planned."""
+    if request.buckets != "auto":
+        return ()
+    if request.data_dir is None or _find_file(request.data_dir, task.name, "train") is not None:
+        return (load_task(task.name, "train", data_dir=request.data_dir, limit=CALIBRATION_ROWS),)
+    return tuple(parts)
+
+
+def _job(request: EvalRequest, parts: Sequence[TaskData], calibration: Sequence[TaskData]) -> Job:
+    names = ("buckets", "batch_sizes", "n_buckets", "mode", "provider", "revision")
+    options = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    if calibration:
+        texts = _all_texts(calibration)
+        options["calibration_dataset"] = [
+            text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts
+        ]
+    return Job(
+        model=request.model,
+        texts=_all_texts(parts),
+        revision=request.revision,
+        pipeline_batch_size=request.pipeline_batch_size,
+        options=options,
+    )
+
+
+def _all_texts(parts: Sequence[TaskData]) -> list[Text]:
+    return [text for part in parts for text in part.texts]
+
+
+def _split_names(parts: Sequence[TaskData]) -> str:
+    return "+".join(part.split for part in parts)
+
+
+def _score(parts: Sequence[TaskData], order: Sequence[int], logits: Logits) -> dict[str, float]:
+    """Return the official metrics, of several splits each under ``<metric>_<split>``."""
+    metrics: dict[str, float] = {}
+    start = 0
+    for part in parts:
+        own = logits[start : start + len(part.texts)]
+        start += len(part.texts)
+        predictions = np.asarray(order)[own.argmax(axis=1)] if part.task.labels else own[:, 0].astype(np.float64)
+        for name, value in score(part.task.name, predictions, part.labels).items():
+            metrics[name if len(parts) == 1 else f"{name}_{part.split}"] = value
+    return metrics
+
+
+def _read_hub(task: GlueTask, split: str, limit: int | None) -> dict[str, list[Any]]:
+    """Return the columns of a split on the Hub, or in the Hub's cache when offline."""
+    if split not in task.splits:
+        raise DataError(f"{HUB_DATASET} {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
+    try:
+        dataset = _import_datasets("datasets").load_dataset(HUB_DATASET, task.name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{HUB_DATASET} {task.name} {split} cannot be had from the Hub ({error}); check the network, or give a "
+            f"data_dir with {task.name}/{split}.parquet"
+        ) from error
+    names = getattr(dataset.features.get("label"), "names", None)
+    if names is not None and tuple(names) != task.labels:
+        raise DataError(f"{HUB_DATASET} {task.name} now labels {', '.join(names)}; expected {', '.join(task.labels)}")
+    return dict(dataset[:limit])
+
+
+def _read_file(path: Path, limit: int | None) -> dict[str, list[Any]]:
+    """Return the columns of a .parquet, .csv or .jsonl file. pyarrow comes with datasets."""
+    try:
+        table = _READERS[path.suffix](path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    columns: dict[str, list[Any]] = (table if limit is None else table.slice(0, limit)).to_pydict()
+    return columns
+
+
+def _read_parquet(path: Path) -> Any:
+    return _import_datasets("pyarrow.parquet").read_table(path)
+
+
+def _read_csv(path: Path) -> Any:
+    csv = _import_datasets("pyarrow.csv")
+    columns = [column for task in GLUE_TASKS for column in task.columns]
+    return csv.read_csv(
+        path,
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns, "string")),  # a text may be "1" or "NA"
+    )
+
+
+def _read_jsonl(path: Path) -> Any:
+    return _import_datasets("pyarrow.json").read_json(path)
+
+
+_READERS: Mapping[str, Callable[[Path], Any]] = MappingProxyType(
+    {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
+)
+
+
+def _import_datasets(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise missing_part("datasets", "eval", "loading GLUE") from error
+
+
+def _find_file(data_dir: Path, task: str, split: str) -> Path | None:
+    """Return the file of a split: in the task's own folder, or in ``data_dir`` itself."""
+    places = [folder / f"{split}{suffix}" for folder in (data_dir / task, data_dir) for suffix in _READERS]
+    return next((path for path in places if path.is_file()), None)
+
+
+def _no_file(data_dir: Path, task: str, split: str) -> DataError:
+    if not data_dir.is_dir():
+        return DataError(f"{data_dir} is not a folder; expected one with {task}/{split}.parquet (or .csv, .jsonl)")
+    places = [path for path in (*data_dir.glob("*"), *data_dir.glob("*/*")) if path.suffix in _READERS]
+    found = ", ".join(sorted(path.relative_to(data_dir).as_posix() for path in places)) or "no data file"
+    return DataError(f"{data_dir} has no {task}/{split}.parquet (nor .csv, .jsonl); it has {found}")
+
+
+def _texts(columns: Mapping[str, list[Any]], task: GlueTask, source: str) -> list[Text]:
+    for name in task.columns:
+        for row, value in enumerate(columns[name]):
+            if not isinstance(value, str):
+                raise DataError(f"row {row} of column {name!r} in {source} holds {value!r}; expected a text")
+    if len(task.columns) == 1:
+        return list(columns[task.columns[0]])
+    first, second = (columns[name] for name in task.columns)
+    return list(zip(first, second, strict=True))
+
+
+def _labels(values: Sequence[Any], task: GlueTask, source: str) -> Numbers:
+    """Return labels as numbers; GLUE marks a row whose label it keeps to itself with -1."""
+    unlabelled = sum(value is None or value == -1 for value in values)
+    if unlabelled:
+        raise DataError(
+            f"{source} has no labels ({unlabelled} of {len(values)} rows hold -1 or nothing); evaluate a split that "
+            f"has, such as {next(name for name in task.splits if name.startswith('validation'))}"
+        )
+    expected = f"0 to {len(task.labels) - 1}" if task.labels else "a number"
+    for row, value in enumerate(values):
+        known = value in range(len(task.labels)) if task.labels else isinstance(value, (int, float))
+        if not known:
+            raise DataError(f"the label of row {row} in {source} is {value!r}; expected {expected}")
+    return np.asarray(values, dtype=np.int64) if task.labels else np.asarray(values, dtype=np.float64)

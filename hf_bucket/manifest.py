@@ -1,0 +1,214 @@
+"""The manifest: what ``bucket_config.json`` says about an artifact, and a reader that trusts nothing in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from hf_bucket.errors import ArtifactError
+from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.tasks import AXES, InputSpec, OutputSpec, Signature
+
+SCHEMA_VERSION = 1
+MANIFEST = "bucket_config.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """What a file must be: ``size`` in bytes and ``sha256`` in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """How one bucket compared with the reference when it was made.
+
+    Attributes:
+        bucket: the bucket's name.
+        max_abs_delta: largest difference of a logit.
+        label_flips: rows whose best label differed.
+        n: rows compared.
+        reference: ``"torch"``, unpadded and one row at a time; or ``"onnx"``, the source graph at the exact length.
+    """
+
+    bucket: str
+    max_abs_delta: float
+    label_flips: int
+    n: int
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about an artifact that running it needs; written as ``bucket_config.json``.
+
+    Attributes:
+        max_length: the model's true maximum in tokens; None where it has no limit.
+        vocab_size: token ids the embedding holds; None where unknown.
+        labels: label names in the order of the logits.
+        problem_type: as in transformers' config; None where the config has none.
+        source: where the model came from, by name and revision, and how the graph was made.
+    """
+
+    task: str
+    ladder: Ladder
+    signature: Signature
+    max_length: int | None
+    vocab_size: int | None
+    labels: tuple[str, ...]
+    problem_type: str | None
+    source: Mapping[str, str]
+    versions: Mapping[str, str]
+    validation: tuple[Validation, ...]
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> str:
+        """Return the text of ``bucket_config.json``."""
+        data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "task": self.task}
+        data["ladder"] = [{"batch_size": b.batch_size, "extent": list(b.extent)} for b in self.ladder]
+        data["signature"] = {
+            "inputs": [asdict(spec) for spec in self.signature.inputs],
+            "outputs": [asdict(spec) for spec in self.signature.outputs],
+        }
+        for name in ("max_length", "vocab_size", "problem_type"):
+            data[name] = getattr(self, name)
+        data["labels"] = list(self.labels)
+        data["source"], data["versions"] = dict(self.source), dict(self.versions)
+        data["validation"] = [asdict(validation) for validation in self.validation]
+        data["files"] = {name: asdict(record) for name, record in sorted(self.files.items())}
+        return json.dumps(data, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Return the manifest written in ``text``.
+
+        Raises:
+            ArtifactError: not JSON, from a newer version, or a value that is missing or has the wrong type.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(f"{MANIFEST} is not valid JSON ({error}); compile the model again") from error
+        data = _Reader(_typed(raw, dict, "the manifest"), "")
+        version = data.take("schema_version", int)
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{MANIFEST} has schema_version {version}, this hf_bucket reads {SCHEMA_VERSION}; "
+                f"{'upgrade hf_bucket' if version > SCHEMA_VERSION else 'compile the model again'}"
+            )
+        signature = data.inside("signature")
+        return cls(
+            task=data.take("task", str),
+            ladder=Ladder(tuple(_read_bucket(entry) for entry in data.each("ladder"))),
+            signature=Signature(
+                inputs=tuple(_read_input(entry) for entry in signature.each("inputs")),
+                outputs=tuple(_read_output(entry) for entry in signature.each("outputs")),
+            ),
+            max_length=data.optional("max_length", int),
+            vocab_size=data.optional("vocab_size", int),
+            labels=tuple(data.listed("labels", str)),
+            problem_type=data.optional("problem_type", str),
+            source=data.table("source", str),
+            versions=data.table("versions", str),
+            validation=tuple(_read_validation(entry) for entry in data.each("validation")),
+            files={
+                _file_name(name): FileRecord(size=entry.take("size", int), sha256=entry.take("sha256", str))
+                for name, entry in data.members("files")
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads typed values out of a JSON object; every error names the key."""
+
+    data: Mapping[str, Any]
+    where: str
+
+    def take(self, key: str, kind: type[T]) -> T:
+        if key not in self.data:
+            raise ArtifactError(f"{MANIFEST} lacks {self.where}{key}; compile the model again")
+        return _typed(self.data[key], kind, self.where + key)
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        return None if self.data.get(key) is None else self.take(key, kind)
+
+    def inside(self, key: str) -> _Reader:
+        return _Reader(self.take(key, dict), f"{self.where}{key}.")
+
+    def listed(self, key: str, kind: type[T]) -> list[T]:
+        items = self.take(key, list)
+        return [_typed(item, kind, f"{self.where}{key}[{index}]") for index, item in enumerate(items)]
+
+    def each(self, key: str) -> list[_Reader]:
+        return [_Reader(item, f"{self.where}{key}[{index}].") for index, item in enumerate(self.listed(key, dict))]
+
+    def table(self, key: str, kind: type[T]) -> dict[str, T]:
+        return {name: _typed(value, kind, f"{self.where}{key}.{name}") for name, value in self.take(key, dict).items()}
+
+    def members(self, key: str) -> list[tuple[str, _Reader]]:
+        return [(name, _Reader(item, f"{self.where}{key}.{name}.")) for name, item in self.table(key, dict).items()]
+
+
+def _typed(value: Any, kind: type[T], where: str) -> T:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ArtifactError(
+            f"{MANIFEST} has {type(value).__name__} at {where}, expected {kind.__name__}; compile the model again"
+        )
+    return value
+
+
+def _read_bucket(entry: _Reader) -> Bucket:
+    return Bucket(batch_size=entry.take("batch_size", int), extent=tuple(entry.listed("extent", int)))
+
+
+def _read_axes(entry: _Reader) -> tuple[str, ...]:
+    axes = tuple(entry.listed("axes", str))
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown:
+        raise ArtifactError(f"{MANIFEST} names an unknown axis {unknown[0]!r} at {entry.where}axes; known: {AXES}")
+    return axes
+
+
+_DTYPES = ("int64", "int32", "float32", "float16", "bool")
+
+
+def _read_dtype(entry: _Reader) -> str:
+    dtype = entry.take("dtype", str)
+    if dtype not in _DTYPES:
+        raise ArtifactError(f"{MANIFEST} has dtype {dtype!r} at {entry.where}dtype; known: {_DTYPES}")
+    return dtype
+
+
+def _read_input(entry: _Reader) -> InputSpec:
+    name, pad_id = entry.take("name", str), entry.take("pad_id", int)
+    return InputSpec(name=name, dtype=_read_dtype(entry), axes=_read_axes(entry), pad_id=pad_id)
+
+
+def _read_output(entry: _Reader) -> OutputSpec:
+    return OutputSpec(name=entry.take("name", str), dtype=_read_dtype(entry), axes=_read_axes(entry))
+
+
+def _read_validation(entry: _Reader) -> Validation:
+    return Validation(
+        bucket=entry.take("bucket", str),
+        max_abs_delta=entry.take("max_abs_delta", float),
+        label_flips=entry.take("label_flips", int),
+        n=entry.take("n", int),
+        reference=entry.take("reference", str),
+    )
+
+
+def _file_name(name: str) -> str:
+    """Return ``name`` if it can only mean a file directly inside the artifact."""
+    if not name or name in (".", "..") or any(character in name for character in "/\\:\0"):
+        raise ArtifactError(f"{MANIFEST} lists a file {name!r}, which is not a plain file name; do not trust it")
+    return name

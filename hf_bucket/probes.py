@@ -1,0 +1,124 @@
+"""Probes: rows of tokens with the reference's answer, kept in the artifact so that any bucket can be checked later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hf_bucket.assign import Assignment
+from hf_bucket.batch import Features, pad, unpad
+from hf_bucket.encode import Encoder
+from hf_bucket.errors import ArtifactError, ExportError
+from hf_bucket.ladder import Bucket
+from hf_bucket.manifest import Validation
+from hf_bucket.session import Session
+from hf_bucket.tasks import Signature
+
+PROBES = "probes.json"
+
+# Lengths in tokens: one under, exact and one over the usual bucket edges, and some in between.
+PROBE_LENGTHS = (5, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 192, 256, 384, 512)
+_LONGEST_PROBE = 512
+_ROWS_PER_BUCKET = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One row of token ids and the logits that the reference gave for it, unpadded and alone."""
+
+    input_ids: tuple[int, ...]
+    logits: tuple[float, ...]
+
+
+def probe_rows(
+    encoder: Encoder, max_length: int | None, vocab_size: int | None, *, lengths: Sequence[int] | None = None
+) -> list[tuple[int, ...]]:
+    """Return rows of random ordinary tokens between the special tokens of a single text.
+
+    Args:
+        max_length: no row is longer.
+        vocab_size: ids are below it.
+        lengths: tokens of each row; None takes ``PROBE_LENGTHS`` that fit, and the maximum itself where it is short.
+    """
+    head, tail = encoder.frame
+    least = len(head) + len(tail) + 1
+    limit = _LONGEST_PROBE if max_length is None else max_length
+    chosen = sorted({*PROBE_LENGTHS, min(limit, _LONGEST_PROBE)}) if lengths is None else lengths
+    generator = np.random.default_rng(0)
+    ordinary = encoder.ordinary_ids(vocab_size)
+    return [
+        (*head, *(int(value) for value in generator.choice(ordinary, length - least + 1)), *tail)
+        for length in chosen
+        if least <= length <= limit
+    ]
+
+
+def save_probes(probes: Sequence[Probe], reference: str, folder: Path) -> None:
+    """Write ``probes.json``."""
+    rows = [{"input_ids": list(probe.input_ids), "logits": list(probe.logits)} for probe in probes]
+    (folder / PROBES).write_text(json.dumps({"reference": reference, "rows": rows}) + "\n", encoding="utf-8")
+
+
+def load_probes(path: Path) -> tuple[str, tuple[Probe, ...]]:
+    """Return the reference's name and the probes.
+
+    Raises:
+        ArtifactError: the file is not what ``save_probes`` writes.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = [(tuple(map(int, row["input_ids"])), tuple(map(float, row["logits"]))) for row in data["rows"]]
+        return str(data["reference"]), tuple(Probe(input_ids=ids, logits=logits) for ids, logits in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is not a file of probes ({error}); compile the model again") from error
+
+
+def validate(
+    bucket: Bucket, session: Session, probes: Sequence[Probe], signature: Signature, *, reference: str, atol: float
+) -> Validation:
+    """Run probes of several lengths through one bucket, as one batch where it has rows, and compare the logits.
+
+    Args:
+        atol: allowed difference of a logit, for logits up to 1 in size; it grows with them.
+
+    Raises:
+        ExportError: a logit differs by more, or is not finite: padding changes this model's answer, or the graph is
+            wrong.
+    """
+    fitting = [probe for probe in probes if len(probe.input_ids) <= bucket.length]
+    count = min(len(fitting), max(_ROWS_PER_BUCKET, bucket.batch_size))
+    chosen = [fitting[-1 - round(step)] for step in np.linspace(0, len(fitting) - 1, count)] if fitting else []
+    rows = np.arange(len(chosen))
+    features = _features(chosen)
+    answers: dict[int, Mapping[str, np.ndarray]] = {}
+    for start in range(0, len(chosen), bucket.batch_size):
+        assignment = Assignment(bucket=bucket, rows=tuple(int(row) for row in rows[start : start + bucket.batch_size]))
+        batch = pad(features, assignment, signature)
+        answers.update(unpad(batch, session.run(batch.arrays), signature))
+    got = np.array([answers[row]["logits"] for row in range(len(chosen))], dtype=np.float64)
+    expected = np.array([probe.logits for probe in chosen], dtype=np.float64)
+    delta = float(np.abs(got - expected).max(initial=0.0))
+    allowed = atol * max(1.0, float(np.abs(expected).max(initial=0.0)))
+    flips = int((got.argmax(axis=-1) != expected.argmax(axis=-1)).sum()) if chosen else 0
+    if not delta <= allowed:
+        raise ExportError(
+            f"bucket {bucket.name} does not give the {reference} answer: a logit differs by {delta:.2g}, allowed is "
+            f"{allowed:.2g} (n={len(chosen)}); padding changes what this model answers, so it cannot be bucketed"
+        )
+    return Validation(bucket=bucket.name, max_abs_delta=delta, label_flips=flips, n=len(chosen), reference=reference)
+
+
+def _features(probes: Sequence[Probe]) -> Features:
+    ids = [probe.input_ids for probe in probes]
+    return Features(
+        lengths=tuple(map(len, ids)),
+        columns={
+            "input_ids": ids,
+            "attention_mask": [[1] * len(row) for row in ids],
+            "token_type_ids": [[0] * len(row) for row in ids],
+        },
+    )

@@ -1,0 +1,333 @@
+"""The main path: texts to tokens to buckets to logits, and the padding taken off again."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from hf_bucket.artifact import Artifact, open_artifact
+from hf_bucket.assign import Cost, assign, cells_cost
+from hf_bucket.batch import Features, PaddedBatch, Row, pad, unpad
+from hf_bucket.encode import Encoder, Side, Text, Truncation, check_texts
+from hf_bucket.errors import BucketWarning, InputError, too_long
+from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.session import Session
+from hf_bucket.session_ort import Engine, EngineOptions, Mode, open_sessions
+from hf_bucket.tasks import Signature
+
+Overflow = Literal["error", "truncate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a runner behaves.
+
+    Attributes:
+        engine: how its sessions are made.
+        overflow: what happens to an input longer than the largest bucket: ``"error"`` or ``"truncate"``.
+        warmup: run every bucket once, smallest first, when the sessions are opened.
+    """
+
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    overflow: Overflow = "error"
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        if self.overflow not in ("error", "truncate"):
+            raise InputError(f'overflow must be "error" or "truncate", got {self.overflow!r}')
+
+
+class Runner:
+    """Runs an artifact. Many threads may call one; it survives pickling and forking by opening its sessions again.
+
+    Args:
+        artifact: what to run.
+        options: how.
+        tokenizer_json: content of a ``tokenizer.json`` to use instead of the artifact's.
+        cost: what one run of a bucket costs, for choosing among batch sizes.
+        engine: makes the sessions.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        options: RunOptions | None = None,
+        *,
+        tokenizer_json: str | None = None,
+        cost: Cost = cells_cost,
+        engine: Engine = open_sessions,
+    ) -> None:
+        self.artifact = artifact
+        self._tokenizer_json = tokenizer_json
+        self.options = RunOptions() if options is None else options
+        self._cost = cost
+        self._engine = engine
+        self._encoder: Encoder | None = None
+        self._counts = _Counts()
+        self._lock = threading.Lock()
+        self._sessions: Mapping[Bucket, Session] | None = None
+        self._pid = 0
+        self._open()
+
+    def __call__(self, texts: Iterable[object]) -> list[Row]:
+        """Return ``{"logits": array of shape (labels,)}`` for every text, in their order.
+
+        Args:
+            texts: each a string, a pair ``(text, text_pair)``, or a dict with ``text`` and optionally ``text_pair``.
+                One string alone is one text.
+
+        Raises:
+            InputTypeError: something else than text.
+            TooLongError: a text fits no bucket and may not be cut.
+        """
+        return self.run(self.encode(check_texts([texts] if isinstance(texts, str) else texts)))
+
+    def run(self, features: Features) -> list[Row]:
+        """Return the outputs of every row of ``features``, padding gone, in their order."""
+        sessions = self._open()
+        results: dict[int, Row] = {}
+        batches: list[PaddedBatch] = []
+        for assignment in assign(features.lengths, self.ladder, self._cost):
+            batch = pad(features, assignment, self.signature)
+            outputs = sessions[batch.bucket].run(batch.arrays)
+            results.update(unpad(batch, outputs, self.signature))
+            batches.append(batch)
+        self._counts.add(batches, features.truncated)
+        return [results[row] for row in range(len(features))]
+
+    def encode(
+        self,
+        texts: Sequence[Text],
+        *,
+        truncation: Truncation | None = None,
+        overflow: Overflow | None = None,
+        first_row: int = 0,
+    ) -> Features:
+        """Return the tokens of every text, none longer than the largest bucket.
+
+        Args:
+            texts: as ``check_texts`` returns them.
+            truncation: cut texts as the caller asked to, whatever the buckets.
+            overflow: in place of ``options.overflow``.
+            first_row: number of the first text in messages.
+
+        Raises:
+            TooLongError: a text fits no bucket and may not be cut.
+        """
+        largest = self.ladder.max_length
+        cut = truncation
+        may_cut = (overflow or self.options.overflow) == "truncate"
+        if may_cut and (truncation is None or truncation.max_length > largest):
+            cut = replace(truncation or Truncation(max_length=largest, side=self._side), max_length=largest)
+        features = self.encoder(texts, truncation=cut)
+        self._check_lengths(features.lengths, first_row)
+        if cut is not truncation:
+            self._warn_once(features.truncated, first_row)
+        return features
+
+    def fit(self, features: Features) -> Features:
+        """Return token rows of the caller's, each at most as long as the largest bucket.
+
+        With ``overflow="truncate"`` a row loses the tokens before its last special tokens, as a single text would.
+
+        Raises:
+            TooLongError: a row fits no bucket and may not be cut.
+            InputError: a token id is outside the model's vocabulary.
+        """
+        self._check_ids(features)
+        largest = self.ladder.max_length
+        too_many = [row for row, length in enumerate(features.lengths) if length > largest]
+        if not too_many or self.options.overflow == "error":
+            self._check_lengths(features.lengths, 0)
+            return features
+        tail = self.encoder.suffix_length
+        columns = {
+            name: [
+                np.r_[row[: largest - tail], row[len(row) - tail :]] if len(row) > largest else row for row in column
+            ]
+            for name, column in features.columns.items()
+        }
+        self._warn_once(too_many, 0)
+        lengths = tuple(min(length, largest) for length in features.lengths)
+        return Features(lengths=lengths, columns=columns, truncated=tuple(too_many))
+
+    @property
+    def ladder(self) -> Ladder:
+        """The buckets this runner has."""
+        return self.artifact.manifest.ladder
+
+    @property
+    def signature(self) -> Signature:
+        """What the graph takes and returns."""
+        return self.artifact.manifest.signature
+
+    @property
+    def max_length(self) -> int | None:
+        """The model's true maximum in tokens, whatever the ladder; None where it has no limit."""
+        return self.artifact.manifest.max_length
+
+    @property
+    def encoder(self) -> Encoder:
+        """The tokenizer, read when it is first needed."""
+        if self._encoder is None:
+            content = self._tokenizer_json or self.artifact.tokenizer_json()
+            self._encoder = Encoder(content, inputs=self.signature.input_names)
+        return self._encoder
+
+    @cached_property
+    def _side(self) -> Side:
+        return self.artifact.truncation_side()
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was run so far.
+
+        ``real_tokens`` are tokens of inputs, ``padded_tokens`` the padding computed with them, ``waste`` the share of
+        padding in all computed cells, ``truncated`` the rows that were cut. ``buckets`` has the same per bucket, with
+        ``batches`` run, for every bucket of the ladder.
+        """
+        return self._counts.report(self.ladder)
+
+    def close(self) -> None:
+        """Release the sessions' memory; a later call opens them again."""
+        with self._lock:
+            sessions, self._sessions = self._sessions, None
+        for session in () if sessions is None else sessions.values():
+            session.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "folder": self.artifact.folder,
+            "options": self.options,
+            "tokenizer_json": self._tokenizer_json,
+            "cost": self._cost,
+            "engine": self._engine,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        artifact, options = open_artifact(state.pop("folder")), state.pop("options")
+        Runner.__init__(self, artifact, options, **state)
+
+    def _open(self) -> Mapping[Bucket, Session]:
+        """Return the sessions; engine threads do not survive a fork, so a child process opens its own."""
+        if self._pid != os.getpid():
+            self._lock, self._sessions, self._pid = threading.Lock(), None, os.getpid()
+        with self._lock:
+            if self._sessions is None:
+                self._sessions = self._engine(self.artifact, self.options.engine)
+                if self.options.warmup:
+                    self._warm_up(self._sessions)
+            return self._sessions
+
+    def _warm_up(self, sessions: Mapping[Bucket, Session]) -> None:
+        for bucket in self.ladder:
+            shape = (bucket.batch_size, *bucket.extent)
+            names = self.signature.inputs
+            sessions[bucket].run(
+                {spec.name: np.full(shape, spec.name == "attention_mask", spec.dtype) for spec in names}
+            )
+
+    def _check_lengths(self, lengths: Sequence[int], first_row: int) -> None:
+        largest = self.ladder.max_length
+        for row, length in enumerate(lengths, first_row):
+            if length > largest:
+                raise too_long(length, largest, maximum=self.max_length, row=row)
+
+    def _check_ids(self, features: Features) -> None:
+        size = self.artifact.manifest.vocab_size
+        for row, ids in enumerate(features.columns["input_ids"]):
+            low, high = int(np.min(ids)), int(np.max(ids))
+            if low < 0 or (size is not None and high >= size):
+                raise InputError(
+                    f"input {row} has token id {low if low < 0 else high}, this model's vocabulary is 0 to "
+                    f"{'' if size is None else size - 1}; use the tokenizer that came with the model"
+                )
+
+    def _warn_once(self, truncated: Sequence[int], first_row: int) -> None:
+        if truncated and self._counts.first_truncation():
+            warnings.warn(
+                f"input {first_row + truncated[0]} was cut to the {self.ladder.max_length} tokens of the largest bucket; "
+                f'later cuts are counted in stats()["truncated"] without a warning',
+                BucketWarning,
+                stacklevel=4,
+            )
+
+
+class _Counts:
+    """What a runner has run, for ``stats()``."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._batches: dict[Bucket, int] = defaultdict(int)
+        self._rows: dict[Bucket, int] = defaultdict(int)
+        self._tokens: dict[Bucket, int] = defaultdict(int)
+        self._truncated = 0
+        self._warned = False
+
+    def add(self, batches: Sequence[PaddedBatch], truncated: Sequence[int]) -> None:
+        with self._lock:
+            for batch in batches:
+                self._batches[batch.bucket] += 1
+                self._rows[batch.bucket] += len(batch.rows)
+                self._tokens[batch.bucket] += sum(batch.lengths)
+            self._truncated += len(truncated)
+
+    def first_truncation(self) -> bool:
+        with self._lock:
+            first, self._warned = not self._warned, True
+            return first
+
+    def report(self, ladder: Ladder) -> dict[str, Any]:
+        with self._lock:
+            buckets = {
+                bucket.name: {
+                    "batches": self._batches[bucket],
+                    "rows": self._rows[bucket],
+                    **_shares(self._tokens[bucket], self._batches[bucket] * bucket.cells),
+                }
+                for bucket in ladder
+            }
+            real = sum(self._tokens.values())
+            cells = sum(count * bucket.cells for bucket, count in self._batches.items())
+            totals = {"rows": sum(self._rows.values()), **_shares(real, cells), "truncated": self._truncated}
+            return {**totals, "buckets": buckets}
+
+
+def _shares(real: int, cells: int) -> dict[str, float]:
+    return {"real_tokens": real, "padded_tokens": cells - real, "waste": (cells - real) / cells if cells else 0.0}
+
+
+def load(
+    artifact_dir: str | os.PathLike[str],
+    *,
+    mode: Mode = "shared",
+    provider: str = "auto",
+    provider_options: Mapping[str, str] | None = None,
+    threads: int = 0,
+    overflow: Overflow = "error",
+    warmup: bool = True,
+) -> Runner:
+    """Return a runner for the artifact in a folder; torch is never imported.
+
+    Args:
+        artifact_dir: folder that ``save_pretrained`` or the compiler wrote.
+        mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes.
+        provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
+        provider_options: passed to the provider as they are.
+        threads: threads one run may use; 0 means every core this process may use.
+        overflow: ``"error"`` or ``"truncate"`` for texts longer than the largest bucket.
+        warmup: run every bucket once before returning, smallest first.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, altered or from a newer version.
+        ProviderError: the provider is not installed.
+    """
+    engine = EngineOptions(mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads)
+    return Runner(open_artifact(artifact_dir), RunOptions(engine=engine, overflow=overflow, warmup=warmup))
