@@ -603,7 +603,19 @@ def test_the_table_has_a_line_per_system_and_aligned_columns(request_mrpc):
     header, *rows = lines[lines.index("") + 1 :]
     assert [row.split()[0] for row in rows] == ["torch", "transformers", "hf_bucket"]
     assert {len(row) for row in rows} == {len(header)}
-    assert rows[2].split()[1:] == ["4.0", "(4.0-4.0)", "1.00", "0.125", "0", "0", "0.0e+00", "4", "(5)", "0.7500", "0.8000"]
+    assert rows[2].split()[1:] == [
+        "4.0",
+        "(4.0-4.0)",
+        "1.00",
+        "0.125",
+        "0",
+        "0",
+        "0.0e+00",
+        "4",
+        "(5)",
+        "0.7500",
+        "0.8000",
+    ]
 
 
 # One system in its process

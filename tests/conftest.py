@@ -1,0 +1,104 @@
+"""Tiny models built in memory, and the real ones where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = [f"w{number}" for number in range(90)]
+PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A word-level tokenizer whose pad id is 3, so that a literal 0 shows: ids 0 to 3 special, 4 to 93 ``w0`` to ``w89``."""
+    vocabulary = {token: number for number, token in enumerate([UNK, CLS, SEP, PAD, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}",
+        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+        special_tokens=[(CLS, 1), (SEP, 2)],
+    )
+    tokenizer.add_special_tokens([UNK, CLS, SEP, PAD])
+    return tokenizer
+
+
+def text_of(n_words: int, start: int = 0) -> str:
+    """A text of ``n_words`` known words, ``n_words + 2`` tokens."""
+    return " ".join(WORDS[(start + number) % len(WORDS)] for number in range(n_words))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes of one run share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(shared_folder: Path) -> Iterator[Path]:
+    """A compile cache of the run's own, so that every tiny model is exported once."""
+    folder = shared_folder / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_BUCKET_CACHE", str(folder))
+        yield folder
+
+
+def save_tiny_bert(folder: Path, *, num_labels: int = 2, seed: int = 0, **config: object) -> Path:
+    """Write a BERT checkpoint of random weights, large enough that a leak of padding shows in the logits."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    settings: dict[str, object] = {
+        "vocab_size": 4 + len(WORDS),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "pad_token_id": 3,
+        "initializer_range": 0.5,
+        "num_labels": num_labels,
+    }
+    model = BertForSequenceClassification(BertConfig(**{**settings, **config}))
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(),
+        pad_token=PAD,
+        unk_token=UNK,
+        cls_token=CLS,
+        sep_token=SEP,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=64,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(shared_folder: Path) -> Path:
+    """A BERT checkpoint of random weights with two labels, 64 positions."""
+    import filelock
+
+    folder = shared_folder / "tiny-bert"
+    with filelock.FileLock(f"{folder}.lock"):
+        return folder if folder.exists() else save_tiny_bert(folder)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The real models and data, or a skip."""
+    folder = Path(os.environ.get("HF_BUCKET_TEST_ASSETS", ROOT.parent / "shared"))
+    if not (folder / "models" / "minilm-mrpc").is_dir():
+        pytest.skip(f"no real models at {folder}; set HF_BUCKET_TEST_ASSETS")
+    return folder
