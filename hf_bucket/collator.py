@@ -65,7 +65,7 @@ class DataCollatorWithBucketing:
             ModelError: the tokenizer has no pad token or, for ``"truncate"``, is not a fast tokenizer.
             InputError: another argument is none of the values above.
         """
-        self.ladder = buckets if isinstance(buckets, Ladder) else make_ladder(buckets)
+        self.ladder = make_ladder(buckets)
         self.truncated = 0
         self._overflow = _one_of(overflow, OVERFLOWS, "overflow")
         self._return_tensors = _one_of(return_tensors, ("pt", "np"), "return_tensors")
@@ -302,7 +302,7 @@ class BucketBatchSampler:
             LadderError: ``buckets`` are no ladder.
             InputError: a length, or another number, is not a whole number in its range.
         """
-        ladder = buckets if isinstance(buckets, Ladder) else make_ladder(buckets)
+        ladder = make_ladder(buckets)
         self.batch_size = None if batch_size is None else _whole(batch_size, "batch_size", least=1)
         self.drop_last = drop_last
         self.epoch = 0

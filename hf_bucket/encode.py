@@ -50,10 +50,10 @@ class Encoder:
             settings = json.loads(tokenizer_json)
             settings["truncation"] = settings["padding"] = None
             self._tokenizer = Tokenizer.from_str(json.dumps(settings))
+            probe = self._tokenizer.encode("a").special_tokens_mask
         except Exception as error:  # the library raises bare Exception
             raise ArtifactError(f"tokenizer.json cannot be read ({error}); compile the model again") from error
         self._inputs = tuple(inputs)
-        probe = self._tokenizer.encode("a").special_tokens_mask
         self._prefix = _leading_ones(probe)
         self._suffix = _leading_ones(probe[::-1])
 
@@ -128,7 +128,9 @@ class Encoder:
     def _encode_cut(self, text: Text, truncation: Truncation, row: int) -> Encoding:
         """Return the encoding cut to at most ``truncation.max_length`` tokens, its special tokens whole."""
         parts = (text,) if isinstance(text, str) else text
-        encodings = [self._tokenizer.encode(part, add_special_tokens=False) for part in parts]
+        encodings = [self._tokenizer.encode(parts[0], add_special_tokens=False)]
+        if len(parts) == 2:  # after an empty first text, so that it gets the types of a second one
+            encodings.append(self._tokenizer.encode("", parts[1], add_special_tokens=False))
         budget = truncation.max_length - self._tokenizer.num_special_tokens_to_add(len(parts) == 2)
         sizes = _cut_sizes([len(encoding) for encoding in encodings], budget, truncation, row)
         for encoding, size in zip(encodings, sizes, strict=True):
@@ -153,7 +155,7 @@ def check_text(text: object, row: int) -> Text:
     """Return one text as ``check_texts`` does; ``row`` is its position in messages."""
     parts: tuple[object, ...]
     if isinstance(text, str):
-        return str(text)
+        return _content(text)
     if isinstance(text, dict):
         surplus = [key for key in text if key not in ("text", "text_pair")]
         if surplus or "text" not in text:
@@ -165,14 +167,21 @@ def check_text(text: object, row: int) -> Text:
         parts = text
     else:
         raise InputTypeError(f"input {row} is {_kind(text)}; {_EXPECTED}")
+    strings: list[str] = []
     for part in parts:
         if not isinstance(part, str):
             raise InputTypeError(f"input {row} holds {_kind(part)} where a text belongs; {_EXPECTED}")
-    first, *second = (str(part) for part in parts)
+        strings.append(_content(part))
+    first, *second = strings
     return (first, second[0]) if second else first
 
 
 _EXPECTED = 'expected a string, a pair ("text", "text_pair") or a dict {"text": ..., "text_pair": ...}'
+
+
+def _content(text: str) -> str:
+    """Return the characters of a string of any class; ``str()`` of an enum member would be its name."""
+    return str.__str__(text)
 
 
 def _kind(value: object) -> str:
@@ -199,9 +208,14 @@ def _cut_sizes(sizes: Sequence[int], budget: int, truncation: Truncation, row: i
     ``longest_first`` takes tokens off the longer text until both are equal, then off both in turn; the last odd token
     stays with the longer one (huggingface/tokenizers, ``truncate_encodings``).
     """
-    if len(sizes) == 1 and truncation.strategy != "only_second" and budget >= 0:
+    if budget < 0:
+        raise TooLongError(
+            f"input {row} cannot be cut to {truncation.max_length} tokens: its {truncation.max_length - budget} "
+            f"special tokens alone are more; allow at least that many"
+        )
+    if len(sizes) == 1 and truncation.strategy != "only_second":
         return [budget]
-    if len(sizes) == 2 and truncation.strategy == "longest_first" and budget >= 0:
+    if len(sizes) == 2 and truncation.strategy == "longest_first":
         short = min(*sizes, budget // 2)
         return [short, budget - short] if sizes[0] <= sizes[1] else [budget - short, short]
     cut = 1 if truncation.strategy == "only_second" else 0

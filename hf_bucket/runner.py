@@ -253,7 +253,7 @@ class Runner:
     def _warn_once(self, truncated: Sequence[int], first_row: int) -> None:
         if truncated and self._counts.first_truncation():
             warnings.warn(
-                f"input {first_row + truncated[0]} was cut to the {self.ladder.max_length} tokens of the largest bucket; "
+                f"input {first_row + truncated[0]} was cut to the largest bucket, {self.ladder.max_length} tokens; "
                 f'later cuts are counted in stats()["truncated"] without a warning',
                 BucketWarning,
                 stacklevel=4,

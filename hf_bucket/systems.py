@@ -27,7 +27,6 @@ REFERENCE = "torch"
 BUCKETED = "hf_bucket"
 
 _STOP_S = 10.0
-_CHUNK = 256  # texts tokenised at once when only their lengths are wanted: few, so that the peak stays the model's
 _WARM_UP = 16  # texts; the bucketed model warms itself up while it loads
 
 Reply = TypeVar("Reply")
@@ -118,15 +117,20 @@ Start: TypeAlias = Callable[[str, Job], AbstractContextManager[Worker]]
 
 
 @contextmanager
-def start_worker(system: str, job: Job) -> Iterator[Worker]:
+def start_worker(
+    system: str, job: Job, *, engines: Mapping[str, Callable[[Job], Engine]] | None = None
+) -> Iterator[Worker]:
     """Start a system in a fresh process, and end the process on leaving.
+
+    Args:
+        engines: what loads each system, by name; ``ENGINES`` unless told otherwise.
 
     Raises:
         BucketError: what the process raised, or that it ended without a word.
     """
     context = multiprocessing.get_context("spawn")  # a forked process would inherit this one's memory
     ours, theirs = context.Pipe()
-    process = context.Process(target=_process, args=(theirs, system, job))
+    process = context.Process(target=_process, args=(theirs, (engines or ENGINES)[system], job))
     process.start()
     theirs.close()
     try:
@@ -165,10 +169,10 @@ class _ProcessWorker:
         return reply
 
 
-def _process(connection: Connection, system: str, job: Job) -> None:
+def _process(connection: Connection, open_engine: Callable[[Job], Engine], job: Job) -> None:
     """Body of a worker process."""
     os.dup2(2, 1)  # exporters and engines print; the parent's stdout may be JSON
-    serve(connection, ENGINES[system], job)
+    serve(connection, open_engine, job)
 
 
 def serve(connection: Connection, open_engine: Callable[[Job], Engine], job: Job) -> None:
@@ -241,18 +245,9 @@ class _Checkpoint:
         self.max_length = job.max_length
         self.cut = {} if job.max_length is None else {"truncation": True, "max_length": job.max_length}
 
-    def lengths(self, texts: Sequence[Text]) -> list[int]:
-        """Return the tokens of every text before truncation."""
-        lengths: list[int] = []
-        for start in range(0, len(texts), _CHUNK):
-            columns = zip(*(_parts(text) for text in texts[start : start + _CHUNK]), strict=True)
-            ids = self.tokenizer(*(list(column) for column in columns), verbose=False)["input_ids"]
-            lengths.extend(len(row) for row in ids)
-        return lengths
-
-    def cut_lengths(self, texts: Sequence[Text]) -> tuple[list[int], int]:
+    def lengths(self, texts: Sequence[Text]) -> tuple[list[int], int]:
         """Return the tokens of every text after truncation, and how many were cut."""
-        whole = self.lengths(texts)
+        whole = [len(self.tokenizer(*_parts(text))["input_ids"]) for text in texts]
         if self.max_length is None:
             return whole, 0
         return [min(n, self.max_length) for n in whole], sum(n > self.max_length for n in whole)
@@ -278,7 +273,7 @@ class TorchEngine:
 
     def padding(self, texts: Sequence[Text]) -> tuple[float, int]:
         """Return no waste, and the rows longer than the model's maximum."""
-        return 0.0, self._checkpoint.cut_lengths(texts)[1]
+        return 0.0, self._checkpoint.lengths(texts)[1]
 
 
 class PipelineEngine:
@@ -310,7 +305,7 @@ class PipelineEngine:
 
     def padding(self, texts: Sequence[Text]) -> tuple[float, int]:
         """Return the waste of batches padded to their longest row, and the rows longer than the model's maximum."""
-        lengths, truncated = self._checkpoint.cut_lengths(texts)
+        lengths, truncated = self._checkpoint.lengths(texts)
         return padded_waste(lengths, self._batch_size), truncated
 
 

@@ -11,13 +11,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from hf_bucket.artifact import Artifact, open_artifact, record_files
+from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.manifest import MANIFEST, Manifest
+from hf_bucket.session import FakeSession
+from hf_bucket.session_ort import EngineOptions
+from hf_bucket.tasks import InputSpec, OutputSpec, Signature
+
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [f"w{number}" for number in range(90)]
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """A word-level tokenizer whose pad id is 3, so that a literal 0 shows: ids 0 to 3 special, 4 to 93 ``w0`` to ``w89``."""
+    """A word-level tokenizer whose pad id is 3, so that a literal 0 shows; ``w0`` is id 4."""
     vocabulary = {token: number for number, token in enumerate([UNK, CLS, SEP, PAD, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -102,3 +109,33 @@ def assets() -> Path:
     if not (folder / "models" / "minilm-mrpc").is_dir():
         pytest.skip(f"no real models at {folder}; set HF_BUCKET_TEST_ASSETS")
     return folder
+
+
+def fake_engine(artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+    """Sessions that need no engine; their logits are (sum of token ids, number of tokens)."""
+    return {bucket: FakeSession(bucket) for bucket in artifact.manifest.ladder}
+
+
+def fake_artifact(folder: Path, ladder: Ladder, *, max_length: int | None = 64) -> Artifact:
+    """An artifact without a graph, for ``fake_engine``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tiny_tokenizer().to_str(), encoding="utf-8")
+    pads = {"input_ids": 3, "attention_mask": 0, "token_type_ids": 0}
+    inputs = tuple(InputSpec(name=name, dtype="int64", axes=("row", "token"), pad_id=pad) for name, pad in pads.items())
+    manifest = Manifest(
+        task="text-classification",
+        ladder=ladder,
+        signature=Signature(
+            inputs=inputs, outputs=(OutputSpec(name="logits", dtype="float32", axes=("row", "label")),)
+        ),
+        max_length=max_length,
+        vocab_size=4 + len(WORDS),
+        labels=("sum", "count"),
+        problem_type="regression",
+        source={"name": "fake"},
+        versions={},
+        validation=(),
+        files=record_files(folder),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return open_artifact(folder)
