@@ -75,7 +75,9 @@ def open_artifact(folder: str | os.PathLike[str]) -> Artifact:
     root = Path(folder)
     try:
         text = (root / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{root / MANIFEST} is not UTF-8 text ({error}); compile the model again") from error
+    except OSError as error:
         reason = f"there is no {MANIFEST} in it" if root.is_dir() else "there is no such folder"
         raise ArtifactError(f"{root} is not an artifact: {reason} ({error}); compile the model first") from error
     manifest = Manifest.from_json(text)
@@ -88,12 +90,15 @@ def _check_file(path: Path, expected: FileRecord) -> None:
     advice = "compile the model again, or copy the artifact again"
     try:
         size = path.stat().st_size
-        if size != expected.size:
-            raise ArtifactError(f"{path} has {size} bytes, its manifest says {expected.size}; {advice}")
-        if hash_file(path) != expected.sha256:
-            raise ArtifactError(f"{path} was altered: its sha256 is not the one in its manifest; {advice}")
+        sha256 = hash_file(path) if size == expected.size else ""
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing; {advice}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); {advice}") from error
+    if size != expected.size:
+        raise ArtifactError(f"{path} has {size} bytes, its manifest says {expected.size}; {advice}")
+    if sha256 != expected.sha256:
+        raise ArtifactError(f"{path} was altered: its sha256 is not the one in its manifest; {advice}")
 
 
 def hash_file(path: Path) -> str:
@@ -143,16 +148,19 @@ def link_files(paths: Iterable[Path], folder: Path, *, copy: bool = False) -> No
     Args:
         copy: always copy: for folders of the user's, whose files may be changed.
     """
+    place = shutil.copyfile if copy else _link
     for path in paths:
-        source = path.resolve()
-        try:
-            if not copy:
-                os.link(source, folder / path.name)
-                continue
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-        shutil.copyfile(source, folder / path.name)
+        place(path.resolve(), folder / path.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Link a file, or a symbolic link itself; copy it where hard links cannot go."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _keep_foreign_files(old: Path, new: Path) -> None:
@@ -166,9 +174,9 @@ def _keep_foreign_files(old: Path, new: Path) -> None:
         if path.name in listed or (new / path.name).exists():
             continue
         if path.is_symlink() or not path.is_dir():
-            os.link(path, new / path.name, follow_symlinks=False)
+            _link(path, new / path.name)
         else:
-            shutil.copytree(path, new / path.name, symlinks=True, copy_function=os.link)
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
 
 
 def _sync(folder: Path) -> None:
@@ -190,7 +198,11 @@ def _put_in_place(aside: Path, target: Path) -> None:
     elif not _exchange(aside, target):
         old = aside.with_name(f"{aside.name}-old")
         target.rename(old)
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -49,7 +49,7 @@ def read_facts(folder: Path, task: Task, encoder: Encoder) -> Facts:
     """Return the facts of a folder that holds a graph, from its JSON files alone: neither torch nor transformers.
 
     Raises:
-        ModelError: ``config.json`` is missing, or no pad token is named anywhere.
+        ModelError: ``config.json`` is missing or has no usable label names, or no pad token is named anywhere.
     """
     config = _read_json(folder / "config.json")
     tokenizer = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
@@ -58,20 +58,29 @@ def read_facts(folder: Path, task: Task, encoder: Encoder) -> Facts:
     content = token.get("content") if isinstance(token, dict) else token
     if isinstance(content, str) and encoder.token_id(content) is not None:
         pad_id = encoder.token_id(content)
-    if not isinstance(pad_id, int):
+    if not isinstance(pad_id, int) or isinstance(pad_id, bool) or pad_id < 0:
         raise ModelError(f"{folder} names no pad token in config.json or tokenizer_config.json; add pad_token_id")
-    special = {"pad_token_id": pad_id, "pad_token_type_id": int(tokenizer.get("pad_token_type_id", 0))}
-    names = config.get("id2label") or {
-        str(index): f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))
-    }
+    special = {"pad_token_id": pad_id, "pad_token_type_id": tokenizer.get("pad_token_type_id") or 0}
     vocab_size = config.get("vocab_size")
     return Facts(
         max_length=true_max_length(config),
         vocab_size=vocab_size if isinstance(vocab_size, int) else None,
-        labels=tuple(str(names[key]) for key in sorted(names, key=int)),
+        labels=_labels(config, folder),
         problem_type=config.get("problem_type"),
         pad_ids={name: rule if isinstance(rule, int) else special[rule] for name, rule in task.pad_ids.items()},
     )
+
+
+def _labels(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    names = config.get("id2label")
+    try:
+        if not names:
+            return tuple(f"LABEL_{index}" for index in range(config.get("num_labels", 2)))
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f'{folder / "config.json"} has no usable label names ({error}); expected id2label such as {{"0": "no"}}'
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -93,7 +95,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{MANIFEST} is not valid JSON ({error}); compile the model again") from error
         data = _Reader(_typed(raw, dict, "the manifest"), "")
         version = data.take("schema_version", int)
@@ -137,7 +139,7 @@ class _Reader:
         return _typed(self.data[key], kind, self.where + key)
 
     def optional(self, key: str, kind: type[T]) -> T | None:
-        return None if self.data.get(key) is None else self.take(key, kind)
+        return None if key in self.data and self.data[key] is None else self.take(key, kind)
 
     def inside(self, key: str) -> _Reader:
         return _Reader(self.take(key, dict), f"{self.where}{key}.")
@@ -158,11 +160,12 @@ class _Reader:
 
 def _typed(value: Any, kind: type[T], where: str) -> T:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ArtifactError(
-            f"{MANIFEST} has {type(value).__name__} at {where}, expected {kind.__name__}; compile the model again"
-        )
+        with contextlib.suppress(OverflowError):  # what no float can hold is refused below
+            value = float(value)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not finite:
+        got = type(value).__name__ if finite else str(value)
+        raise ArtifactError(f"{MANIFEST} has {got} at {where}, expected {kind.__name__}; compile the model again")
     return value
 
 
@@ -209,6 +212,7 @@ def _read_validation(entry: _Reader) -> Validation:
 
 def _file_name(name: str) -> str:
     """Return ``name`` if it can only mean a file directly inside the artifact."""
-    if not name or name in (".", "..") or any(character in name for character in "/\\:\0"):
+    unsafe = any(character in "/\\:\0" or "\ud800" <= character <= "\udfff" for character in name)
+    if not name or name in (".", "..") or unsafe:
         raise ArtifactError(f"{MANIFEST} lists a file {name!r}, which is not a plain file name; do not trust it")
     return name

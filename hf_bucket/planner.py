@@ -22,11 +22,10 @@ Cost: TypeAlias = Callable[[int], float]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
-PRESET_CAP = 2048  # tokens: a preset compiles nothing longer, whatever the model could hold
-PRESET_START = 16  # tokens: shorter buckets save less than a run costs to start
+PRESET_CAP = 2048  # tokens: a preset compiles nothing longer unless the data is, whatever the model could hold
+PRESET_START = 16  # tokens: the shortest length a preset makes on its own
 UNLIMITED_CAP = 512  # tokens: the cap where neither a model nor data knows one
 LONGEST = 2**20  # tokens: above it a length is a mistake, such as a tokenizer's 1e30 for "no limit"
-TIE = 1e-12  # totals closer than this, relatively, differ by rounding only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +224,7 @@ def resolve_ladder(
         LadderError: an unknown preset, what ``make_ladder`` refuses, or a bucket no input of the model can use.
     """
     if isinstance(buckets, str):
-        buckets = _preset_lengths(buckets, max(1, min_length), max_length, histogram, n_buckets, cost)
+        buckets = _preset_lengths(buckets, min_length, max_length, histogram, n_buckets, cost)
     ladder = make_ladder(buckets, batch_sizes=batch_sizes)
     for finding in lint(ladder, min_length=min_length, max_length=max_length):
         raise LadderError(finding.message)
@@ -293,7 +292,7 @@ def _cheapest_runs(rows_up_to: Floats, prices: Floats, n_buckets: int) -> list[i
     totals, layers = rows_up_to * prices, []
     for _ in range(min(n_buckets, totals.size - 1) - 1):
         lower, starts = _add_bucket(totals, rows_up_to, prices)
-        if lower[-1] >= totals[-1] * (1 - TIE):  # each further bucket saves no more than the one before it
+        if lower[-1] >= totals[-1]:  # no further bucket saves more than this one does
             break
         totals = lower
         layers.append(starts)
@@ -357,8 +356,8 @@ def _preset_lengths(
     name: str, shortest: int, max_length: int | None, histogram: Histogram | None, n_buckets: int, cost: Cost | None
 ) -> Sequence[int]:
     """Return the lengths of the preset ``name``, none below ``shortest``; the last is the most a preset may hold."""
-    unlimited = UNLIMITED_CAP if histogram is None else histogram.max
-    cap = max(shortest, unlimited if max_length is None else min(max_length, PRESET_CAP))
+    longest = UNLIMITED_CAP if histogram is None else histogram.max
+    cap = max(shortest, longest if max_length is None else min(max_length, max(PRESET_CAP, longest)))
     if name == "pow2":
         powers = (2**power for power in range(PRESET_START.bit_length() - 1, cap.bit_length()))
         return [*(length for length in powers if shortest <= length < cap), cap]

@@ -73,7 +73,7 @@ def load_probes(path: Path) -> tuple[str, tuple[Probe, ...]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         rows = [(tuple(map(int, row["input_ids"])), tuple(map(float, row["logits"]))) for row in data["rows"]]
         return str(data["reference"]), tuple(Probe(input_ids=ids, logits=logits) for ids, logits in rows)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a file of probes ({error}); compile the model again") from error
 
 
@@ -101,10 +101,11 @@ def validate(
         answers.update(unpad(batch, session.run(batch.arrays), signature))
     got = np.array([answers[row]["logits"] for row in range(len(chosen))], dtype=np.float64)
     expected = np.array([probe.logits for probe in chosen], dtype=np.float64)
-    delta = float(np.abs(got - expected).max(initial=0.0))
+    with np.errstate(invalid="ignore"):  # infinity less infinity is no number, and refused as such
+        delta = float(np.abs(got - expected).max(initial=0.0))
     allowed = atol * max(1.0, float(np.abs(expected).max(initial=0.0)))
     flips = int((got.argmax(axis=-1) != expected.argmax(axis=-1)).sum()) if chosen else 0
-    if not delta <= allowed:
+    if not (np.isfinite(delta) and delta <= allowed):
         raise ExportError(
             f"bucket {bucket.name} does not give the {reference} answer: a logit differs by {delta:.2g}, allowed is "
             f"{allowed:.2g} (n={len(chosen)}); padding changes what this model answers, so it cannot be bucketed"

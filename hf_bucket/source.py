@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # httpx's or httpx2's
 
 from hf_bucket.errors import ModelError
 
@@ -64,11 +60,15 @@ class HubClient:
 
     def files(self, source: Source) -> list[str]:
         """Return the paths of all files in the repository at that revision."""
-        if not source.local_files_only and not huggingface_hub.constants.is_offline_mode():
-            return list(
-                huggingface_hub.HfApi(token=source.token).list_repo_files(source.name, revision=source.revision)
-            )
-        folder = self.download(source, ["*"])
+        if not source.local_files_only and not constants.HF_HUB_OFFLINE:
+            try:
+                api = huggingface_hub.HfApi(token=source.token)
+                return list(api.list_repo_files(source.name, revision=source.revision))
+            except HfHubHTTPError:
+                raise
+            except TransportError:
+                pass  # no connection: the cache may hold the model
+        folder = self.download(source, [])  # with patterns, a snapshot that lacks any match would be refused
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
     def download(self, source: Source, patterns: Sequence[str]) -> Path:
@@ -112,32 +112,27 @@ def locate(source: Source, *, export: bool | None, manifest: str, hub: Hub | Non
     Raises:
         ModelError: no such folder or repository, or nothing in it that can be run.
     """
-    root = Path(source.name).expanduser()
-    if root.is_dir():
+    root = Path(os.path.expanduser(source.name))
+    if source.name and os.path.isdir(root):
         folder = root / source.subfolder
         paths = [path for place in (folder, folder / "onnx") if place.is_dir() for path in place.iterdir()]
         names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
         return _classify(root, names, source, export, manifest)
-    if root.is_absolute() or source.name.startswith((".", "~")) or source.name.count("/") > 1 or root.exists():
+    if root.is_absolute() or source.name.startswith((".", "~")) or source.name.count("/") > 1 or os.path.exists(root):
         raise ModelError(f"{source.name!r} is not a folder; expected a model folder or a Hub id such as org/model")
     try:
         return _fetch(source, export, manifest, HubClient() if hub is None else hub)
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        EntryNotFoundError,
-        OfflineModeIsEnabled,
-    ) as error:
+    except (OSError, TransportError, HFValidationError, EntryNotFoundError) as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")
         raise ModelError(
             f"{source.name!r} is neither a local folder nor to be had from the Hub at revision "
-            f"{source.revision or 'main'} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{source.revision or 'main'} ({type(error).__name__}: {reason}); "
             f"check the name, the token and the network"
         ) from error
 
 
 def _fetch(source: Source, export: bool | None, manifest: str, hub: Hub) -> Files:
-    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    prefix = _prefix(source)
     names = hub.files(source)
     kind, weights = _kind(names, prefix, source, export, manifest)
     patterns = [
@@ -146,16 +141,23 @@ def _fetch(source: Source, export: bool | None, manifest: str, hub: Hub) -> File
     if kind == "onnx":
         patterns += [weights, f"{weights}*data"]
     elif kind == "checkpoint":
-        safetensors = any(name.startswith(prefix) and name.endswith(".safetensors") for name in names)
+        here = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+        safetensors = any("/" not in name and name.endswith(".safetensors") for name in here)
         patterns += [prefix + pattern for pattern in (CHECKPOINT_FILES if safetensors else LEGACY_CHECKPOINT_FILES)]
         patterns += ["*.py"] if source.trust_remote_code else []
     return _classify(hub.download(source, patterns), names, source, export, manifest)
 
 
 def _classify(root: Path, names: Sequence[str], source: Source, export: bool | None, manifest: str) -> Files:
-    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    prefix = _prefix(source)
     kind, graph = _kind(names, prefix, source, export, manifest)
     return Files(folder=root / source.subfolder, kind=kind, graph=root / graph if kind == "onnx" else None)
+
+
+def _prefix(source: Source) -> str:
+    """Return what the paths of the subfolder's files start with."""
+    subfolder = source.subfolder.rstrip("/")
+    return f"{subfolder}/" if subfolder else ""
 
 
 def _kind(names: Sequence[str], prefix: str, source: Source, export: bool | None, manifest: str) -> tuple[str, str]:

@@ -247,7 +247,7 @@ class _Checkpoint:
 
     def lengths(self, texts: Sequence[Text]) -> tuple[list[int], int]:
         """Return the tokens of every text after truncation, and how many were cut."""
-        whole = [len(self.tokenizer(*_parts(text))["input_ids"]) for text in texts]
+        whole = [len(self.tokenizer(*_columns(text))["input_ids"][0]) for text in texts]
         if self.max_length is None:
             return whole, 0
         return [min(n, self.max_length) for n in whole], sum(n > self.max_length for n in whole)
@@ -268,7 +268,7 @@ class TorchEngine:
         torch = import_part("torch")
         tokenizer, model, cut = self._checkpoint.tokenizer, self._checkpoint.model, self._checkpoint.cut
         with torch.inference_mode():
-            rows = [model(**tokenizer(*_parts(text), return_tensors="pt", **cut)).logits[0].numpy() for text in texts]
+            rows = [model(**tokenizer(*_columns(text), return_tensors="pt", **cut)).logits[0].numpy() for text in texts]
         return np.stack(rows)
 
     def padding(self, texts: Sequence[Text]) -> tuple[float, int]:
@@ -359,5 +359,6 @@ def import_part(module: str) -> Any:
         raise missing_part(module, "eval", "an evaluation") from error
 
 
-def _parts(text: Text) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) else text
+def _columns(text: Text) -> tuple[list[str], ...]:
+    """Return a text, or both of a pair, as batches of one: outside a batch, transformers drops an empty second text."""
+    return ([text],) if isinstance(text, str) else ([text[0]], [text[1]])

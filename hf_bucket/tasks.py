@@ -99,8 +99,12 @@ _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_
 _POSITIONS_AFTER_PADDING = {
     "camembert",
     "data2vec-text",
+    "esm",
     "ibert",
+    "lilt",
     "longformer",
+    "luke",
+    "markuplm",
     "mpnet",
     "roberta",
     "roberta-prelayernorm",

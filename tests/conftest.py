@@ -8,6 +8,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Test processes beside each other take a core each; engines that all use every core would only wait for one another.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if _worker and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
+
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 

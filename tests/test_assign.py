@@ -22,7 +22,7 @@ ladders = st.lists(st.tuples(st.integers(1, 6), st.integers(1, LONGEST)), min_si
 )
 requests = st.lists(st.integers(0, LONGEST), max_size=30)
 sizes_and_costs = st.dictionaries(st.integers(1, 7), st.integers(0, 30), min_size=1, max_size=4)
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=40)
 
 
 def buckets_of(batch_sizes: Sequence[int], length: int = 16) -> list[Bucket]:

@@ -60,7 +60,7 @@ def requests(draw: st.DrawFn) -> tuple[list[int], list[int], Bucket]:
     return lengths, rows, Bucket(batch_size=batch_size, extent=(draw(st.integers(max(1, *lengths, 0), 16)),))
 
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(deadline=None, max_examples=40)
 
 
 # properties

@@ -443,6 +443,12 @@ def test_shuffling_drops_other_rows_in_every_epoch() -> None:
     assert frozenset.intersection(*rows) < frozenset.union(*rows) == frozenset(range(11))
 
 
+def test_no_bucket_is_always_the_one_that_ranks_drop_to_be_even() -> None:
+    dealt = [deal([3, 9, 16], 2, epoch, batch_size=1, shuffle=True, drop_last=True) for epoch in range(12)]
+    dropped = [{0, 1, 2} - {row for batch in flat(epoch) for row in batch} for epoch in dealt]
+    assert set.union(*dropped) == {0, 1, 2}
+
+
 def test_without_a_batch_size_each_length_has_the_largest_of_the_ladder() -> None:
     ladder = make_ladder([(1, 8), (3, 8), (2, 16)])
     batches = list(BucketBatchSampler([8, 16, 1, 16, 5, 16, 2], ladder))

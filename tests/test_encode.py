@@ -143,7 +143,7 @@ def test_whole_texts_get_the_tokens_of_transformers(references: dict[str, Any], 
 def test_eight_threads_get_what_one_thread_gets() -> None:
     generator = random.Random(0)
     calls = []
-    for _ in range(4000):
+    for _ in range(2000):
         n_words, n_more = generator.randrange(16), generator.randrange(16)
         batch: list[Text] = [(text_of(n_words), text_of(n_more)), text_of(n_words, n_more)][: generator.randrange(3)]
         cut = Truncation(max_length=generator.randrange(3, 30), side=generator.choice(["left", "right"]))
@@ -157,14 +157,14 @@ def test_eight_threads_get_what_one_thread_gets() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_real_pairs_are_encoded_and_cut_as_auto_tokenizer_does(assets: Path, side: Any) -> None:
-    from pandas import read_parquet
+    from pyarrow.parquet import read_table
     from transformers import AutoTokenizer
 
     folder = assets / "models" / "minilm-mrpc"
     reference = AutoTokenizer.from_pretrained(folder, truncation_side=side)
     encoder = Encoder((folder / "tokenizer.json").read_text(encoding="utf-8"), inputs=COLUMNS)
-    frame = read_parquet(assets / "data" / "glue" / "mrpc" / "validation.parquet")
-    pairs = list(zip(frame["sentence1"], frame["sentence2"], strict=True))[:200]
+    table = read_table(assets / "data" / "glue" / "mrpc" / "validation.parquet").slice(0, 200)
+    pairs = list(zip(table["sentence1"].to_pylist(), table["sentence2"].to_pylist(), strict=True))
     for max_length in (None, 48):
         options = {} if max_length is None else {"truncation": "longest_first", "max_length": max_length}
         expected = reference([a for a, _ in pairs], [b for _, b in pairs], **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -186,6 +185,13 @@ def test_a_label_order_replaces_names_that_say_nothing():
         pytest.param(
             ["LABEL_0", "LABEL_1"], ("negative", "positive"), ["positive"], "label_order is positive, which", id="short"
         ),
+        pytest.param(
+            ["LABEL_0", "LABEL_1"],
+            ("negative", "positive"),
+            ["negative", "positive", "positive"],
+            "label_order is negative, positive, positive, which",
+            id="long",
+        ),
     ],
 )
 def test_label_names_that_cannot_be_matched_are_refused(names, labels, order, message):
@@ -249,9 +255,17 @@ def test_a_limit_takes_the_first_rows(tmp_path):
     assert len(load_task("mrpc", "validation", data_dir=tmp_path, limit=9).texts) == 4
 
 
-def test_a_text_stays_a_text_when_it_looks_like_something_else(tmp_path):
-    texts = ["1", "NA", "null", "", "two\nlines", 'a "quoted", word']
-    write_csv(tmp_path / "validation.csv", {"sentence": texts, "label": [0, 1, 0, 1, 0, 1]})
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pytest.param(["1", "2"], id="numbers"),
+        pytest.param(["", "NA", "null", "nan"], id="missing values"),
+        pytest.param(['a "quoted", word', "'"], id="quotes"),
+        pytest.param(["two\nlines\nor three"] * 60_000, id="lines in more than a block"),
+    ],
+)
+def test_a_text_of_a_csv_stays_a_text_when_it_looks_like_something_else(tmp_path, texts):
+    write_csv(tmp_path / "validation.csv", {"sentence": texts, "label": [0] * len(texts)})
     assert load_task("sst2", "validation", data_dir=tmp_path).texts == texts
 
 
@@ -637,12 +651,25 @@ class MortalEngine(FakeEngine):
         os._exit(3)
 
 
+class SlowEngine(FakeEngine):
+    """Lets its own clock pass: 3 s in a run, 5 s counting padding."""
+
+    now_s = 100.0
+
+    def run(self, texts):
+        self.now_s += 3
+        return super().run(texts)
+
+    def padding(self, texts):
+        self.now_s += 5
+        return super().padding(texts)
+
+
 def test_only_the_run_is_timed():
-    clock = itertools.count(100, 3).__next__
-    one = run_pass(FakeEngine(Job(model="m", texts=[])), ["a", "bb"], clock=clock)
+    engine = SlowEngine(Job(model="m", texts=[]))
+    one = run_pass(engine, ["a", "bb"], clock=lambda: engine.now_s)
     assert (one.seconds, one.waste, one.truncated) == (3, 0.5, 2)
     assert one.logits.tolist() == [[1.0, 0.0], [2.0, 0.0]]
-    assert clock() == 106
 
 
 def test_a_worker_answers_each_request_until_the_other_end_hangs_up():
@@ -676,6 +703,14 @@ def test_a_system_runs_in_a_process_of_its_own_whose_prints_stay_off_stdout(capf
     out, err = capfd.readouterr()
     assert (out, err.count("running in process")) == ("", 2)
     assert f"running in process {os.getpid()}" not in err
+
+
+def test_an_error_in_a_process_is_raised_as_it_was():
+    with (
+        pytest.raises(ModelError, match=r"^cannot be loaded$"),
+        start_worker("fake", Job(model="broken", texts=["a"]), engines={"fake": FakeEngine}),
+    ):
+        pass
 
 
 def test_a_process_that_dies_is_an_error():
@@ -729,19 +764,26 @@ def tiny(tmp_path_factory):
     return folder
 
 
-TEXTS = ["a", "b c d e f", ("a b", "c d e"), "h " * 30, ("g", "h")]  # of 3, 7, 8, 32 and 5 tokens
+TEXTS = ["a", "b c d e f", ("a b", "c d e"), "h " * 30, ("g " * 12, "h"), ("g", "h")]  # of 3, 7, 8, 32, 16, 5 tokens
 
 
 def test_torch_and_the_pipeline_give_the_same_logits_in_float32(tiny):
     job = Job(model=str(tiny), texts=TEXTS, max_length=16, pipeline_batch_size=2)
     reference, pipeline = TorchEngine(job), PipelineEngine(job)
     logits = reference.run(TEXTS)
-    assert (logits.shape, logits.dtype) == ((5, 3), np.float32)
+    assert (logits.shape, logits.dtype) == ((6, 3), np.float32)
     assert np.ptp(logits, axis=0).min() > 1e-3
     np.testing.assert_allclose(pipeline.run(TEXTS), logits, atol=1e-6)
     assert reference.padding(TEXTS) == (0.0, 1)
-    # batches of 2 x 7, 2 x 16 and 1 x 5 cells, of which 3 + 7, 8 + 16 and 5 are real
-    assert pipeline.padding(TEXTS) == (pytest.approx(1 - 39 / 51), 1)
+    # batches of 2 x 7, 2 x 16 and 2 x 16 cells, of which 3 + 7, 8 + 16 and 16 + 5 are real
+    assert pipeline.padding(TEXTS) == (pytest.approx(1 - 55 / 78), 1)
+
+
+def test_a_pair_stays_a_pair_for_torch_when_its_second_text_is_empty(tiny):
+    engine = TorchEngine(Job(model=str(tiny), texts=TEXTS, max_length=16))
+    pair, text, batched = ("a b", ""), "a b", engine._checkpoint.tokenizer(["a b"], [""], return_tensors="pt")
+    np.testing.assert_allclose(engine.run([pair])[0], engine._checkpoint.model(**batched).logits.detach()[0], atol=1e-6)
+    assert np.abs(engine.run([pair]) - engine.run([text])).max() > 1e-3
 
 
 def test_a_model_that_transformers_cannot_load_is_an_error(tmp_path):

@@ -201,7 +201,9 @@ def test_a_preset_fits_every_model(
         preset, min_length=min_length, max_length=max_length, histogram=histogram, n_buckets=n_buckets
     )
     known = 512 if histogram is None else histogram.max
-    assert ladder.max_length == max(1, min_length, known if max_length is None else min(max_length, PRESET_CAP))
+    assert ladder.max_length == max(
+        1, min_length, known if max_length is None else min(max_length, max(PRESET_CAP, known))
+    )
     assert ladder.lengths[0] >= min_length
     assert {b.batch_size for b in ladder} == set(DEFAULT_BATCH_SIZES)
     assert preset == "pow2" or len(ladder.lengths) <= n_buckets
@@ -545,6 +547,11 @@ def test_a_row_longer_than_the_ladder_has_no_waste_but_an_error() -> None:
     assert histogram.waste(make_ladder([9])) == 0
     with pytest.raises(TooLongError, match="9 tokens but the largest bucket holds 8"):
         histogram.waste(make_ladder([8]))
+
+
+def test_a_quantile_is_not_one_row_too_far_because_of_rounding() -> None:
+    assert 0.07 * 100 > 7
+    assert Histogram.from_lengths(range(1, 101)).quantile(0.07) == 7
 
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, math.nan])

@@ -243,7 +243,7 @@ def test_an_unknown_overflow_lists_the_known_ones(artifact) -> None:
 
 
 def test_loading_a_folder_that_is_no_artifact_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="there is no bucket_config.json in it"):
+    with pytest.raises(ArtifactError, match=r"there is no bucket_config.json in it"):
         load(tmp_path)
 
 

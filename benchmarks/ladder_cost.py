@@ -1,0 +1,88 @@
+"""What 16 buckets cost instead of one: bytes on disk, seconds to compile, memory in ``mode="shared"``.
+
+    python benchmarks/ladder_cost.py --model MODEL --output benchmarks/results/ladder_cost.json
+
+Every compilation runs in a process and a cache of its own; memory is the resident set of a process that loaded the
+artifact, warmed every bucket up and ran texts of all lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from record import circumstances, spread
+
+_COMPILE = """
+import sys
+from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.source import Source
+buckets = [(8, int(length)) for length in sys.argv[2].split(",")]
+print(compile_model(Source(name=sys.argv[1]), CompileOptions(buckets=buckets)).folder)
+"""
+
+_LOAD = """
+import sys, hf_bucket
+runner = hf_bucket.load(sys.argv[1], mode=sys.argv[2])
+for _ in range(3):
+    for words in range(1, runner.ladder.max_length - 2, 5):
+        runner(["word " * words] * 8)
+with open("/proc/self/status") as file:
+    print(next(line.split()[1] for line in file if line.startswith("VmRSS")))
+"""
+
+
+def _run(code: str, *arguments: str, cache: Path) -> str:
+    environment = {**os.environ, "HF_BUCKET_CACHE": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout.strip()
+
+
+def measure(model: str, ladders: dict[str, list[int]], rounds: int) -> dict[str, object]:
+    """Return size, compile time and memory per ladder, rounds interleaved."""
+    seconds: dict[str, list[float]] = {name: [] for name in ladders}
+    memory: dict[str, list[float]] = {name: [] for name in ladders}
+    sizes: dict[str, int] = {}
+    for _ in range(rounds):
+        for name, lengths in ladders.items():
+            with tempfile.TemporaryDirectory() as cache:
+                start = time.perf_counter()
+                folder = _run(_COMPILE, model, ",".join(map(str, lengths)), cache=Path(cache))
+                seconds[name].append(time.perf_counter() - start)
+                sizes[name] = sum(path.stat().st_size for path in Path(folder).iterdir())
+                memory[name].append(float(_run(_LOAD, folder, "shared", cache=Path(cache))) / 1024)
+    return {
+        name: {
+            "lengths": lengths,
+            "bytes": sizes[name],
+            "compile_s": spread(seconds[name]),
+            "shared_memory_mib": spread(memory[name]),
+        }
+        for name, lengths in ladders.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint on the Hub or in a folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    ladders = {"1 bucket": [128], "16 buckets": list(range(8, 129, 8))}
+    result = {**circumstances(), "ladders": measure(arguments.model, ladders, arguments.rounds)}
+    print(json.dumps(result, indent=2))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

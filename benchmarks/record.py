@@ -1,0 +1,39 @@
+"""What every benchmark writes beside its figures: command, machine, versions."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hf_bucket.session_ort import usable_cores
+
+PACKAGES = ("hf-bucket", "onnxruntime", "torch", "transformers", "tokenizers", "numpy")
+
+
+def circumstances() -> dict[str, Any]:
+    """Return the command, the machine and the versions of this run."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "processor": _processor(),
+        "usable_cores": usable_cores(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median of several measurements, with the smallest, the largest and how many there were."""
+    return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
