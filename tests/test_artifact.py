@@ -335,7 +335,7 @@ def test_a_new_artifact_replaces_the_old_one_and_keeps_what_is_the_users(
     (target / "README.md").write_text("mine", encoding="utf-8")
     (target / ".git" / "refs").mkdir(parents=True)
     (target / ".git" / "refs" / "head").write_text("abc", encoding="utf-8")
-    (target / ".git" / "link").symlink_to("nowhere")
+    (target / ".git" / "link").symlink_to("refs", target_is_directory=True)
     (target / "link").symlink_to("README.md")
     (target / "dangling").symlink_to("nowhere")
     (target / "linked-folder").symlink_to(".git", target_is_directory=True)
@@ -354,7 +354,7 @@ def test_a_new_artifact_replaces_the_old_one_and_keeps_what_is_the_users(
         "model_b1_s16.onnx": b"another variant",
         "README.md": b"mine",
         ".git": None,
-        ".git/link": "nowhere",
+        ".git/link": "refs",
         ".git/refs": None,
         ".git/refs/head": b"abc",
         "link": "README.md",
