@@ -6,10 +6,11 @@ JOBS ?= 2
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install test lint types check bench-overhead clean
+.PHONY: help install test house lint types check bench-overhead clean
 
 help:
 	@echo "make test            install what tests need and run them all"
+	@echo "make house           rooms, public names and import time only"
 	@echo "make lint            ruff: lint and format"
 	@echo "make types           mypy --strict on the package"
 	@echo "make check           lint, types and test, as continuous integration does"
@@ -25,6 +26,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+house: install  ## rooms, public names, import time
+	$(BIN)/python -m pytest tests/test_house.py
 
 lint: install
 	$(BIN)/ruff check .

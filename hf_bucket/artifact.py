@@ -126,9 +126,12 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     last step, ``target`` is as it was; afterwards it is complete.
 
     Raises:
+        ArtifactError: ``target`` is the working directory or a mount point, which cannot be exchanged.
         OSError: the disk is full, or the parent folder cannot be written.
     """
     target = target.resolve()
+    if target == Path.cwd() or target.is_mount():
+        raise ArtifactError(f"{target} is the working directory or a mount point; choose a folder inside it")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
     aside.mkdir()
@@ -136,6 +139,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         fill(aside)
         if target.exists():
             _keep_foreign_files(target, aside)
+            shutil.copymode(target, aside)
         _sync(aside)
         _put_in_place(aside, target)
     finally:

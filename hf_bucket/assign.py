@@ -11,8 +11,8 @@ from hf_bucket.ladder import Bucket, Ladder
 
 Cost = Callable[[Bucket], float]
 
-# One run of a session costs about as much as this many more cells: MiniLM-L6 takes 1.34 times as long per cell in a
-# batch of 1 x 64 as in one of 8 x 64 (benchmarks/overhead.py measures it).
+# One run of a session costs about as much as this many more cells: MiniLM-L6 in a batch of 1 x 64 against 8 x 64, as
+# benchmarks/overhead.py measures it (extra_cells_per_run).
 RUN_OVERHEAD_CELLS = 24
 
 

@@ -71,7 +71,7 @@ def read_checkpoint(folder: Path, task: Task, *, trust_remote_code: bool) -> Che
     facts = Facts(
         max_length=true_max_length(config.to_dict()),
         vocab_size=getattr(config, "vocab_size", None),
-        labels=tuple(str(config.id2label[index]) for index in range(config.num_labels)),
+        labels=tuple(str(config.id2label[index]) for index in sorted(config.id2label)),
         problem_type=config.problem_type,
         pad_ids={name: _pad_id(task.pad_ids[name], tokenizer) for name in names},
     )

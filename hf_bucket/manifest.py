@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from hf_bucket.errors import ArtifactError
+from hf_bucket.errors import ArtifactError, LadderError
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.tasks import AXES, InputSpec, OutputSpec, Signature
 
@@ -107,7 +107,7 @@ class Manifest:
         signature = data.inside("signature")
         return cls(
             task=data.take("task", str),
-            ladder=Ladder(tuple(_read_bucket(entry) for entry in data.each("ladder"))),
+            ladder=_read_ladder(data),
             signature=Signature(
                 inputs=tuple(_read_input(entry) for entry in signature.each("inputs")),
                 outputs=tuple(_read_output(entry) for entry in signature.each("outputs")),
@@ -169,8 +169,12 @@ def _typed(value: Any, kind: type[T], where: str) -> T:
     return value
 
 
-def _read_bucket(entry: _Reader) -> Bucket:
-    return Bucket(batch_size=entry.take("batch_size", int), extent=tuple(entry.listed("extent", int)))
+def _read_ladder(data: _Reader) -> Ladder:
+    buckets = [(entry.take("batch_size", int), tuple(entry.listed("extent", int))) for entry in data.each("ladder")]
+    try:
+        return Ladder(tuple(Bucket(batch_size=batch, extent=extent) for batch, extent in buckets))
+    except LadderError as error:
+        raise ArtifactError(f"{MANIFEST} has no usable ladder: {error}; compile the model again") from error
 
 
 def _read_axes(entry: _Reader) -> tuple[str, ...]:
@@ -193,6 +197,10 @@ def _read_dtype(entry: _Reader) -> str:
 
 def _read_input(entry: _Reader) -> InputSpec:
     name, pad_id = entry.take("name", str), entry.take("pad_id", int)
+    if not -(2**31) <= pad_id < 2**31:
+        raise ArtifactError(
+            f"{MANIFEST} has {pad_id} at {entry.where}pad_id, expected a number of 32 bits; do not trust it"
+        )
     return InputSpec(name=name, dtype=_read_dtype(entry), axes=_read_axes(entry), pad_id=pad_id)
 
 

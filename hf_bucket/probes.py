@@ -21,7 +21,7 @@ from hf_bucket.tasks import Signature
 PROBES = "probes.json"
 
 # Lengths in tokens: one under, exact and one over the usual bucket edges, and some in between.
-PROBE_LENGTHS = (5, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 192, 256, 384, 512)
+PROBE_LENGTHS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 129, 192, 256, 384, 512)
 _LONGEST_PROBE = 512
 _ROWS_PER_BUCKET = 2
 
@@ -45,13 +45,13 @@ def probe_rows(
         lengths: tokens of each row; None takes ``PROBE_LENGTHS`` that fit, and the maximum itself where it is short.
     """
     head, tail = encoder.frame
-    least = len(head) + len(tail) + 1
+    least = max(1, len(head) + len(tail))
     limit = _LONGEST_PROBE if max_length is None else max_length
     chosen = sorted({*PROBE_LENGTHS, min(limit, _LONGEST_PROBE)}) if lengths is None else lengths
     generator = np.random.default_rng(0)
     ordinary = encoder.ordinary_ids(vocab_size)
     return [
-        (*head, *(int(value) for value in generator.choice(ordinary, length - least + 1)), *tail)
+        (*head, *(int(value) for value in generator.choice(ordinary, length - len(head) - len(tail))), *tail)
         for length in chosen
         if least <= length <= limit
     ]

@@ -511,3 +511,16 @@ def test_another_failure_to_link_is_no_reason_to_copy(folder: Path, tmp_path: Pa
     with pytest.raises(FileExistsError, match=GRAPH):
         link_files([folder / GRAPH], new)
     assert (new / GRAPH).read_text(encoding="utf-8") == "there first"
+
+
+def test_the_working_directory_is_not_exchanged_under_the_process(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is the working directory or a mount point; choose a folder inside it"):
+        write_folder(Path("."), lambda folder: None)
+
+
+def test_a_folder_keeps_its_permissions(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir(mode=0o700)
+    write_folder(target, lambda folder: None)
+    assert target.stat().st_mode & 0o777 == 0o700

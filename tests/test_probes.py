@@ -117,7 +117,7 @@ def test_probes_come_back_as_they_were_saved(tmp_path_factory: pytest.TempPathFa
 def test_probe_rows_are_framed_and_within_the_models_limits(max_length: int | None, vocab_size: int | None) -> None:
     rows = probe_rows(ENCODER, max_length, vocab_size)
     limit = 512 if max_length is None else max_length
-    wanted = sorted({n for n in (*PROBE_LENGTHS, min(limit, 512)) if 3 <= n <= limit})
+    wanted = sorted({n for n in (*PROBE_LENGTHS, min(limit, 512)) if 2 <= n <= limit})
     assert [len(row) for row in rows] == wanted
     for row in rows:
         assert (row[0], row[-1]) == (1, 2)
@@ -250,7 +250,7 @@ def test_a_flipped_label_within_the_tolerance_is_counted() -> None:
 
 
 def test_a_bucket_that_no_probe_fits_is_checked_with_none() -> None:
-    session = FakeSession(bucket_of(4, 4))
+    session = FakeSession(bucket_of(4, 1))
     assert check(session).n == 0
     assert session.shapes == []
 
@@ -259,7 +259,7 @@ def test_rows_of_given_lengths_are_made_once_for_all() -> None:
     rows = probe_rows(ENCODER, 64, None, lengths=[3, 10, 64])
     assert [len(row) for row in rows] == [3, 10, 64]
     assert rows == probe_rows(ENCODER, 64, None, lengths=[3, 10, 64])
-    assert probe_rows(ENCODER, 64, None, lengths=[2, 65]) == []
+    assert probe_rows(ENCODER, 64, None, lengths=[1, 65]) == []
 
 
 def test_the_file_is_plain_json(tmp_path: Path) -> None:
