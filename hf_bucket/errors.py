@@ -10,6 +10,7 @@
     +-- ArtifactError     (OSError)       an artifact that is missing, damaged, altered or from a newer version
     +-- ProviderError     (ValueError)    an execution provider that is unknown or not installed
     +-- DataError         (ValueError)    a data set without the column, split or label names that are needed
+    +-- RecipeError       (ValueError)    a recipe with an unknown key, a wrong type or an impossible value
     +-- DependencyError   (ImportError)   an optional part that is not installed
 
 BucketWarning (UserWarning) is the category of every warning.
@@ -56,6 +57,10 @@ class ProviderError(BucketError, ValueError):
 
 class DataError(BucketError, ValueError):
     """A data set lacks what was asked of it."""
+
+
+class RecipeError(BucketError, ValueError):
+    """A recipe cannot be followed; the message names file, line and key."""
 
 
 class DependencyError(BucketError, ImportError):
