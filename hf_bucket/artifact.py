@@ -146,6 +146,19 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def copy_artifact(artifact: Artifact, folder: Path) -> Artifact:
+    """Write a copy into ``folder``, as ``write_folder`` does, and return it; its files are nobody else's.
+
+    Raises:
+        ArtifactError: ``folder`` is a file, the working directory or a mount point.
+    """
+    if folder.is_file():
+        raise ArtifactError(f"{folder} is a file; choose a folder")
+    names = (*artifact.manifest.files, MANIFEST)
+    write_folder(folder, lambda aside: link_files([artifact.folder / name for name in names], aside, copy=True))
+    return Artifact(folder=folder, manifest=artifact.manifest)
+
+
 def link_files(paths: Iterable[Path], folder: Path, *, copy: bool = False) -> None:
     """Give ``folder`` every file by hard link, so that weights lie on disk once; by copy where links cannot go.
 

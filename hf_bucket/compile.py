@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import os
-import shutil
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import filelock
 import numpy as np
-from huggingface_hub import constants
 
-from hf_bucket.artifact import (
-    GRAPH,
-    Artifact,
-    hash_file,
-    is_artifact,
-    link_files,
-    open_artifact,
-    record_files,
-    variant_name,
-    write_folder,
-)
+from hf_bucket.artifact import GRAPH, Artifact, link_files, open_artifact, record_files, variant_name
+from hf_bucket.cache import any_ladder, in_cache, model_key
+from hf_bucket.data import read_column, read_dataset_column
 from hf_bucket.encode import Encoder, check_texts
-from hf_bucket.errors import ArtifactError, BucketError, BucketWarning, LadderError, ModelError
+from hf_bucket.errors import LadderError, ModelError
 from hf_bucket.export import Dtype, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
 from hf_bucket.ladder import Ladder
-from hf_bucket.manifest import MANIFEST, Manifest
+from hf_bucket.manifest import MANIFEST, Manifest, Validation
 from hf_bucket.planner import Histogram, resolve_ladder
 from hf_bucket.probes import PROBES, Probe, load_probes, probe_rows, save_probes, validate
+from hf_bucket.recipe import Recipe
 from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph, open_variant
 from hf_bucket.source import Files, Hub, Source, locate
 from hf_bucket.tasks import Signature, Task, get_task
 
 ATOL = {"float32": 1e-4, "float16": 2e-2}
-
-_MODEL_FILES = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "*.onnx",
-    "*.onnx.data",
-    "*.onnx_data",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +57,25 @@ class CompileOptions:
     def __post_init__(self) -> None:
         if self.dtype not in ATOL:
             raise ModelError(f"dtype must be one of {', '.join(ATOL)}, got {self.dtype!r}")
+
+
+def from_recipe(recipe: Recipe) -> tuple[Source, CompileOptions]:
+    """Return what a recipe says to compile, its calibration data read.
+
+    Raises:
+        DataError: the calibration data cannot be read.
+    """
+    data, texts = recipe.calibration, None
+    if data is not None and data.file is not None:
+        texts = read_column(data.file, column=data.column, pair_column=data.pair_column)
+    elif data is not None and data.dataset is not None:
+        texts = read_dataset_column(
+            data.dataset, config=data.config, split=data.split, column=data.column, pair_column=data.pair_column
+        )
+    options = CompileOptions(
+        buckets=recipe.buckets, batch_sizes=recipe.batch_sizes, n_buckets=recipe.n_buckets, calibration=texts
+    )
+    return Source(name=recipe.model, revision=recipe.revision), options
 
 
 Report = Callable[[str], None]
@@ -154,7 +147,7 @@ def _checkpoint_job(files: Files, source: Source, task: Task, options: CompileOp
 
     made_by = {"made_by": "torch", "dtype": options.dtype}
     return _Job(
-        key=_key(files.folder, [*made_by.values(), task.name]),
+        key=model_key(files.folder, [*made_by.values(), task.name, str(_versions())]),
         task=task,
         facts=checkpoint.facts,
         encoder=checkpoint.encoder,
@@ -182,7 +175,7 @@ def _graph_job(files: Files, source: Source, task: Task) -> _Job:
         return signature, tuple(_graph_probe(engine, signature, row) for row in rows)
 
     return _Job(
-        key=_key(graph.parent, [task.name, _key(folder, [])]),
+        key=model_key(graph.parent, [task.name, model_key(folder, []), str(_versions())]),
         task=task,
         facts=facts,
         encoder=encoder,
@@ -237,14 +230,14 @@ def _with_ladder(artifact: Artifact, options: CompileOptions, report: Report) ->
     if ladder == manifest.ladder:
         return artifact
     key = hashlib.sha256(f"{manifest.files[GRAPH].sha256}{manifest.files.get(PROBES)}".encode()).hexdigest()
-    return _in_cache(key, ladder, lambda folder: _extend(artifact, ladder, folder, report))
+    return in_cache(key, ladder, lambda folder: _extend(artifact, ladder, folder, report))
 
 
 def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
     """Return the artifact from the cache; else give another ladder of the same model these buckets; else export."""
 
     def fill(folder: Path) -> None:
-        sibling = _sibling(cache_root() / job.key)
+        sibling = any_ladder(job.key)
         if sibling is not None:
             _extend(sibling, ladder, folder, report)
             return
@@ -265,16 +258,7 @@ def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
         )
         _finish(folder, manifest, report)
 
-    return _in_cache(job.key, ladder, fill)
-
-
-def _sibling(folder: Path) -> Artifact | None:
-    for candidate in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else ():
-        try:
-            return open_artifact(candidate.parent)
-        except ArtifactError as error:
-            warnings.warn(f"ignoring a damaged cache entry: {error}", BucketWarning, stacklevel=2)
-    return None
+    return in_cache(job.key, ladder, fill)
 
 
 def _extend(artifact: Artifact, ladder: Ladder, folder: Path, report: Report) -> None:
@@ -287,67 +271,33 @@ def _extend(artifact: Artifact, ladder: Ladder, folder: Path, report: Report) ->
 def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
     """Write and check the variants of a folder that holds everything else, then its manifest."""
     report(f"specialising and checking {len(manifest.ladder)} buckets: {manifest.ladder}")
-    reference, probes = load_probes(folder / PROBES)
     for bucket in manifest.ladder:
         specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
     draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
-    options = EngineOptions()
-    shared = open_graph(folder / GRAPH, options)
+    final = replace(draft.manifest, validation=check_buckets(draft))
+    (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
+
+
+def check_buckets(artifact: Artifact) -> tuple[Validation, ...]:
+    """Run the artifact's probes through every bucket, on its variant and on the shared graph; return the worse of both.
+
+    Raises:
+        ExportError: a bucket does not give the reference's answer.
+        ArtifactError: a graph cannot be loaded.
+    """
+    manifest, options = artifact.manifest, EngineOptions()
+    reference, probes = load_probes(artifact.folder / PROBES)
     atol = ATOL[manifest.source.get("dtype", "float32")]
+    shared = open_graph(artifact.path(GRAPH), options)
     checks = []
     for bucket in manifest.ladder:
-        static = open_variant(draft, bucket, options)
+        static = open_variant(artifact, bucket, options)
         both = [
             validate(bucket, session, probes, manifest.signature, reference=reference, atol=atol)
             for session in (static, OrtSession(bucket, shared, static.output_names))
         ]
         checks.append(max(both, key=lambda check: (check.label_flips, check.max_abs_delta)))
-    final = replace(draft.manifest, validation=tuple(checks))
-    (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
-
-
-def cache_root() -> Path:
-    """Return the folder of compiled models: ``HF_BUCKET_CACHE``, or ``hf_bucket`` under the Hugging Face home."""
-    chosen = os.environ.get("HF_BUCKET_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(constants.HF_HOME) / "hf_bucket"
-
-
-def _in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact:
-    """Return the cache entry, filled if need be; without a usable cache, one that lasts as long as the process."""
-    name = hashlib.sha256(str(ladder).encode()).hexdigest()[:16]
-    target = cache_root() / key / name
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(f"{name}.lock")):
-            if is_artifact(target):
-                try:
-                    return open_artifact(target)
-                except ArtifactError as error:
-                    warnings.warn(f"compiling again: {error}", BucketWarning, stacklevel=2)
-            write_folder(target, fill)
-            return open_artifact(target)
-    except BucketError:
-        raise
-    except OSError as error:
-        warnings.warn(
-            f"the cache {cache_root()} cannot be written ({error}); compiling without it. Set HF_BUCKET_CACHE to a "
-            f"folder with free space, or save_pretrained the model",
-            BucketWarning,
-            stacklevel=2,
-        )
-    folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_folder(folder / name, fill)
-    return open_artifact(folder / name)
-
-
-def _key(folder: Path, options: Sequence[str]) -> str:
-    """Return a key that changes with any file of the model, any option and any version that made it."""
-    digest = hashlib.sha256(repr([*options, sorted(_versions().items())]).encode())
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES):
-            digest.update(f"{path.name}:{hash_file(path)};".encode())
-    return digest.hexdigest()[:32]
+    return tuple(checks)
 
 
 def _versions() -> dict[str, str]:

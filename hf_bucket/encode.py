@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer
 
 from hf_bucket.batch import Features
 from hf_bucket.errors import ArtifactError, InputError, InputTypeError, TooLongError
+from hf_bucket.source import Source, locate_tokenizer
 
 Text: TypeAlias = str | tuple[str, str]
 Strategy = Literal["longest_first", "only_first", "only_second"]
@@ -137,6 +138,17 @@ class Encoder:
             encoding.truncate(size, stride=0, direction=truncation.side)
         first, *second = encodings
         return self._tokenizer.post_process(first, second[0] if second else None)
+
+
+def count_tokens(texts: Iterable[object], source: Source) -> list[int]:
+    """Return the tokens of every text by a model's tokenizer, special tokens included.
+
+    Raises:
+        InputTypeError: something else than text.
+        ModelError: no such model, or it has no ``tokenizer.json``.
+    """
+    content = locate_tokenizer(source).read_text(encoding="utf-8")
+    return Encoder(content, inputs=["input_ids"]).lengths(check_texts(texts))
 
 
 def check_texts(texts: Iterable[object]) -> list[Text]:

@@ -37,7 +37,10 @@ class EvalRequest:
     """What to evaluate. None leaves a choice to the model's or the data set's own default.
 
     Attributes:
-        model: checkpoint on the Hub or in a folder.
+        task: a task of GLUE; not looked at where ``data`` is given.
+        data: a data file of the user's instead of GLUE, with a text in ``column``, for pairs another in
+            ``pair_column``, and one of the model's labels, by name or by index, in ``label_column``.
+        model: checkpoint on the Hub or in a folder, or ``"default"``.
         buckets: lengths, ``"auto"`` (planned from the train split) or ``"pow2"``.
         split: one split, or several joined by ``+``; ``validation`` is both of MNLI's.
         data_dir: folder with ``<task>/<split>.parquet`` (or .csv, .jsonl) instead of the Hub.
@@ -57,6 +60,10 @@ class EvalRequest:
     batch_sizes: Sequence[int] | None = None
     n_buckets: int | None = None
     data_dir: Path | None = None
+    data: Path | None = None
+    column: str = "text"
+    pair_column: str | None = None
+    label_column: str = "label"
     limit: int | None = None
     rounds: int = 3
     label_order: Sequence[str] | None = None
@@ -253,6 +260,15 @@ class EvalReport:
     def failed(self) -> bool:
         """Whether bucketing changed a label."""
         return bool(self.bucketed.label_flips)
+
+    def complaint(self) -> str:
+        """Return which labels flipped, in one line."""
+        rows = self.bucketed.flipped_rows
+        return (
+            f"error: {len(rows)} of {self.n} labels differ from torch's without padding, in rows "
+            f"{', '.join(map(str, rows[:10]))}{' ...' if len(rows) > 10 else ''}; "
+            f"{self.bucketed.truncated} rows were cut to fit the largest bucket"
+        )
 
     def to_json(self) -> dict[str, object]:
         """Return the report as JSON's own types."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +10,14 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from huggingface_hub import hf_hub_download
 
+from hf_bucket.data import read_records, text_of
 from hf_bucket.encode import Text
-from hf_bucket.errors import DataError, ModelError, missing_part
+from hf_bucket.errors import DataError, missing_part
 from hf_bucket.evaluate import EvalReport, EvalRequest, figures, installed_versions, measure, this_machine
-from hf_bucket.metrics import Logits, Numbers, score
+from hf_bucket.labels import align_labels, read_label_names
+from hf_bucket.metrics import LABELLED, Logits, Numbers, score
+from hf_bucket.source import local_path
 from hf_bucket.systems import Job, Start, start_worker
 
 HUB_DATASET = "nyu-mll/glue"
@@ -88,11 +88,16 @@ def evaluate(
     Raises:
         BucketError: data, label names or a model that cannot be used, or a system that failed.
     """
-    task = get_glue_task(request.task)
-    parts = _load_parts(task, request)
+    names = read_label_names(request.model, request.revision)
+    if request.data is not None:
+        parts = [load_labelled(request, names)]
+        task = parts[0].task
+    else:
+        task = get_glue_task(request.task)
+        parts = _load_parts(task, request)
     for part in parts:
         score(task.name, part.labels, part.labels)  # what cannot be scored fails here, before the long work
-    order = align_labels(read_label_names(request.model, request.revision), task.labels, request.label_order)
+    order = align_labels(names, task.labels, request.label_order if request.data is None else task.labels)
     calibration = _calibration(task, request, parts)
     measured = measure(_job(request, parts, calibration), rounds=request.rounds, start=start, say=say)
     return EvalReport(
@@ -168,65 +173,35 @@ def load_task(task: str, split: str, *, data_dir: Path | None = None, limit: int
     return TaskData(task=row, split=split, texts=_texts(columns, row, source), labels=labels)
 
 
-def align_labels(
-    model_names: Mapping[int, str], task_labels: Sequence[str], label_order: Sequence[str] | None = None
-) -> tuple[int, ...]:
-    """Return the task's label index of each of the model's, so that ``order[model_index] == task_index``.
-
-    Names are the same when they differ only in case, underscores, hyphens and spaces.
-
-    Args:
-        model_names: the model's ``id2label``.
-        task_labels: names in the data set's order; empty for a regression, which needs a model with one output.
-        label_order: the task's names in the model's order, instead of the model's own names.
+def load_labelled(request: EvalRequest, names: Mapping[int, str]) -> TaskData:
+    """Return the rows of a data file of the user's, whose labels are the model's own, by name or by index.
 
     Raises:
-        DataError: names that say nothing (``LABEL_0``) without a ``label_order``, or that are not the task's.
+        DataError: a malformed row, a missing column, or a label that the model does not have.
     """
-    names = [model_names[index] for index in sorted(model_names)]
-    listed = ", ".join(names)
-    expected = len(task_labels) or 1
-    if len(names) != expected:
-        kind = f"the labels {', '.join(task_labels)}" if task_labels else "one output, for a regression"
-        raise DataError(f"the model has {len(names)} outputs ({listed}); this task needs {kind}")
-    if not task_labels:
-        if label_order is not None:
-            raise DataError(f"label_order is {', '.join(label_order)}, but a regression has no labels; drop it")
-        return (0,)
-    hint = f"list the task's labels ({', '.join(task_labels)}) in the model's order with --label-order"
-    if label_order is None and any(_NAMELESS.fullmatch(_normal(name)) for name in names):
-        raise DataError(f"the model's label names ({listed}) do not say which label is which; {hint}")
-    indices = {_normal(label): index for index, label in enumerate(task_labels)}
-    given = [_normal(name) for name in (names if label_order is None else label_order)]
-    if sorted(given) != sorted(indices):
-        who = f"the model's labels are {listed}" if label_order is None else f"label_order is {', '.join(label_order)}"
-        raise DataError(f"{who}, which are not the task's; {hint}")
-    return tuple(indices[name] for name in given)
-
-
-_NAMELESS = re.compile(r"label\d+")
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).casefold()
-
-
-def read_label_names(model: str, revision: str | None = None) -> dict[int, str]:
-    """Return the label names by index from a checkpoint's ``config.json``, without loading anything else.
-
-    Raises:
-        ModelError: no such config, or a compiled artifact, which has no torch weights to compare with.
-    """
-    folder = Path(model).expanduser()
-    if (folder / "bucket_config.json").exists():
-        raise ModelError(f"{model} is a compiled artifact without torch weights; evaluate the checkpoint it came from")
-    try:
-        path = folder / "config.json" if folder.is_dir() else hf_hub_download(model, "config.json", revision=revision)
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the config.json of {model}: {str(error).splitlines()[0]}") from error
-    unnamed = {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}  # as transformers has it
-    return {int(index): str(name) for index, name in (config.get("id2label") or unnamed).items()}
+    path, column, pair = Path(str(request.data)), request.column, request.pair_column
+    labels = tuple(names[index] for index in sorted(names))
+    known: dict[object, int] = {name: index for index, name in enumerate(labels)}
+    known.update({index: index for index in range(len(labels))})
+    texts: list[Text] = []
+    found: list[int] = []
+    for record in read_records(path):
+        if record.error is not None:
+            raise DataError(f"{path}:{record.line}: {record.error}")
+        if request.label_column not in record.fields:
+            raise DataError(f"{path} has no column {request.label_column!r}; it has {', '.join(record.fields)}")
+        label = record.fields[request.label_column]
+        if label not in known:
+            raise DataError(f"{path}:{record.line}: label {label!r} is not one of the model's: {', '.join(labels)}")
+        texts.append(text_of(record, column, pair))
+        found.append(known[label])
+        if len(texts) == request.limit:
+            break
+    if not texts:
+        raise DataError(f"{path} has no rows; give a file with at least one")
+    columns = (column,) if pair is None else (column, pair)
+    task = GlueTask(name=LABELLED, columns=columns, labels=labels, splits=(path.name,))
+    return TaskData(task=task, split=path.name, texts=texts, labels=np.asarray(found, dtype=np.int64))
 
 
 def _load_parts(task: GlueTask, request: EvalRequest) -> list[TaskData]:
@@ -238,6 +213,8 @@ def _calibration(task: GlueTask, request: EvalRequest, parts: Sequence[TaskData]
     """Return the data to plan a ladder from: the train split where there is one; empty when none is planned."""
     if request.buckets != "auto":
         return ()
+    if request.data is not None:
+        return tuple(parts)
     if request.data_dir is None or _find_file(request.data_dir, task.name, "train") is not None:
         return (load_task(task.name, "train", data_dir=request.data_dir, limit=CALIBRATION_ROWS),)
     return tuple(parts)
@@ -252,7 +229,7 @@ def _job(request: EvalRequest, parts: Sequence[TaskData], calibration: Sequence[
             text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts
         ]
     return Job(
-        model=request.model,
+        model=str(local_path(request.model)) if local_path(request.model).is_dir() else request.model,
         texts=_all_texts(parts),
         revision=request.revision,
         pipeline_batch_size=request.pipeline_batch_size,

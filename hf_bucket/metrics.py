@@ -16,6 +16,8 @@ from hf_bucket.errors import DataError, missing_part
 Numbers: TypeAlias = NDArray[np.int64] | NDArray[np.float64]
 Logits: TypeAlias = NDArray[np.float32]
 
+LABELLED = "labelled"  # in place of a GLUE task: a data file of the user's
+
 # Wang et al. 2018, "GLUE: A Multi-Task Benchmark", table 1. MNLI is scored per split, matched and mismatched.
 OFFICIAL_METRICS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -28,6 +30,7 @@ OFFICIAL_METRICS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "qnli": ("accuracy",),
         "rte": ("accuracy",),
         "wnli": ("accuracy",),
+        LABELLED: ("accuracy",),
     }
 )
 

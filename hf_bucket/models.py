@@ -14,7 +14,7 @@ from optimum.modeling_base import OptimizedModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_bucket.artifact import Artifact, link_files, write_folder
+from hf_bucket.artifact import Artifact, copy_artifact
 from hf_bucket.batch import Features
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import InputError, InputTypeError, ModelError, ProviderError
@@ -254,20 +254,13 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             push_to_hub: also upload it, under the folder's name unless ``repo_id`` is given.
             kwargs: arguments of ``push_to_hub``.
         """
-        target = Path(save_directory)
-        if target.is_file():
-            raise InputError(f"{target} is a file; save_pretrained needs a folder")
-        write_folder(target, self._copy_to)
+        saved = copy_artifact(self.runner.artifact, Path(save_directory))
         if not push_to_hub:
             return None
-        return self.push_to_hub(kwargs.pop("repo_id", target.resolve().name), **kwargs)
+        return self.push_to_hub(kwargs.pop("repo_id", saved.folder.resolve().name), **kwargs)
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        self._copy_to(Path(save_directory))
-
-    def _copy_to(self, folder: Path) -> None:
-        artifact = self.runner.artifact
-        link_files([artifact.folder / name for name in (*artifact.manifest.files, MANIFEST)], folder, copy=True)
+        copy_artifact(self.runner.artifact, Path(save_directory))
 
     def push_to_hub(
         self,

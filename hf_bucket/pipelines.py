@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.compile import CompileOptions, compile_model, say
 from hf_bucket.encode import Strategy, Text, Truncation, check_text
 from hf_bucket.errors import InputError, InputTypeError, ModelError, ProviderError
 from hf_bucket.export import Dtype
 from hf_bucket.ladder import Ladder
 from hf_bucket.runner import Overflow, Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode
-from hf_bucket.source import Source
+from hf_bucket.source import DEFAULT_MODEL, Source
 from hf_bucket.tasks import get_task
 
 Logits = NDArray[np.float32]
@@ -277,7 +277,8 @@ def pipeline(
 
     Args:
         task: ``"text-classification"`` or ``"sentiment-analysis"``.
-        model: Hub id, local folder, artifact folder, or a model that ``from_pretrained`` returned.
+        model: Hub id, local folder, artifact folder, or a model that ``from_pretrained`` returned. None is the small
+            sentiment classifier that comes with the package, and a line on standard error says so.
         tokenizer: a fast tokenizer to use instead of the one that came with the model.
         overflow: ``"truncate"`` (the default, counted in ``stats()`` and warned about once) or ``"error"``.
         window: texts of a stream that are read ahead, so that they can be sorted into buckets.
@@ -296,6 +297,9 @@ def pipeline(
     defaults = CallOptions(
         top_k=top_k, function_to_apply=function_to_apply or "default", truncation=truncation, max_length=max_length
     )
+    if model is None:
+        say("no model given: using the small sentiment classifier that comes with the package (English, SST-2)")
+        model = DEFAULT_MODEL
     if isinstance(model, (str, os.PathLike)):
         source = Source(
             name=os.fspath(model),

@@ -20,13 +20,16 @@ CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json")
 LEGACY_CHECKPOINT_FILES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 GRAPH_PATHS = ("model.onnx", "onnx/model.onnx")
 
+DEFAULT_MODEL = "default"  # as a name: the small classifier that comes with the package
+_DEFAULT_FOLDER = Path(__file__).with_name("default")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """What to load, in the terms of ``from_pretrained``.
 
     Attributes:
-        name: a local folder, or a Hub id such as ``org/model``.
+        name: a local folder, a Hub id such as ``org/model``, or ``DEFAULT_MODEL``.
         revision: branch, tag or commit; None is the default branch.
         subfolder: folder inside the repository that holds the model.
         token: Hub token; None uses the logged-in one, False none.
@@ -112,7 +115,7 @@ def locate(source: Source, *, export: bool | None, manifest: str, hub: Hub | Non
     Raises:
         ModelError: no such folder or repository, or nothing in it that can be run.
     """
-    root = Path(os.path.expanduser(source.name))
+    root = local_path(source.name)
     if source.name and os.path.isdir(root):
         folder = root / source.subfolder
         paths = [path for place in (folder, folder / "onnx") if place.is_dir() for path in place.iterdir()]
@@ -129,6 +132,29 @@ def locate(source: Source, *, export: bool | None, manifest: str, hub: Hub | Non
             f"{source.revision or 'main'} ({type(error).__name__}: {reason}); "
             f"check the name, the token and the network"
         ) from error
+
+
+def local_path(name: str) -> Path:
+    """Return where a model called ``name`` would lie on this machine; a folder called default is ``./default``."""
+    return _DEFAULT_FOLDER if name == DEFAULT_MODEL else Path(os.path.expanduser(name))
+
+
+def locate_tokenizer(source: Source, *, hub: Hub | None = None) -> Path:
+    """Return the ``tokenizer.json`` of a model, fetching no weights.
+
+    Raises:
+        ModelError: no such model, or it has no ``tokenizer.json``.
+    """
+    root = local_path(source.name)
+    if not root.is_dir():
+        try:
+            root = (HubClient() if hub is None else hub).download(source, SMALL_FILES)
+        except (OSError, TransportError, HFValidationError, EntryNotFoundError) as error:
+            raise ModelError(f"{source.name!r} is no local folder and cannot be had from the Hub ({error})") from error
+    path = root / source.subfolder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{source.name} has no tokenizer.json; choose a model with a fast tokenizer")
+    return path
 
 
 def _fetch(source: Source, export: bool | None, manifest: str, hub: Hub) -> Files:

@@ -17,7 +17,8 @@ from conftest import WORDS, save_tiny_bert, text_of, tiny_tokenizer
 
 import hf_bucket
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, open_artifact
-from hf_bucket.compile import CompileOptions, cache_root, compile_model
+from hf_bucket.cache import cache_root, clear, entries
+from hf_bucket.compile import CompileOptions, check_buckets, compile_model
 from hf_bucket.errors import (
     ArtifactError,
     BucketWarning,
@@ -171,7 +172,7 @@ def test_without_a_usable_cache_the_model_still_compiles_with_one_warning(
         cache.write_text("in the way", encoding="utf-8")
     else:
         monkeypatch.setattr(
-            "hf_bucket.compile.filelock.FileLock", lambda path: (_ for _ in ()).throw(PermissionError(path))
+            "hf_bucket.cache.filelock.FileLock", lambda path: (_ for _ in ()).throw(PermissionError(path))
         )
     monkeypatch.setenv("HF_BUCKET_CACHE", str(cache))
     with pytest.warns(BucketWarning, match=r"cannot be written .*compiling without it") as caught:
@@ -397,3 +398,25 @@ def test_a_model_whose_answer_depends_on_padding_is_refused(tmp_path: Path) -> N
     )
     with pytest.raises(ExportError, match=r"bucket b1_s\d+ does not give the torch answer.*cannot be bucketed"):
         compile_model(Source(name=str(tmp_path)), CompileOptions(buckets=[32, 64]), report=silent)
+
+
+def test_the_cache_lists_what_it_holds_and_can_be_emptied(artifact: Artifact, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    assert entries() == []
+    for length in (9, 10):
+        made = compile_model(Source(name=str(artifact.folder)), CompileOptions(buckets=[length]), report=silent)
+    assert [entry.ladder for entry in entries() if entry.folder == made.folder] == ["[b1_s10, b8_s10]"]
+    (made.folder / GRAPH).unlink()
+    assert "model.onnx is missing" in next(entry.problem for entry in entries() if entry.folder == made.folder)
+    assert clear() == 2
+    assert entries() == []
+
+
+def test_an_artifact_can_be_checked_again_and_a_wrong_weight_shows(artifact: Artifact, tmp_path: Path) -> None:
+    assert [check.bucket for check in check_buckets(artifact)] == [bucket.name for bucket in artifact.manifest.ladder]
+    shutil.copytree(artifact.folder, tmp_path / "bent")
+    weights = tmp_path / "bent" / WEIGHTS
+    values = np.fromfile(weights, dtype=np.float32)
+    (values * np.float32(1.01)).tofile(weights)
+    with pytest.raises(ExportError, match="does not give the torch answer"):
+        check_buckets(Artifact(folder=tmp_path / "bent", manifest=artifact.manifest))

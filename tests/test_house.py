@@ -17,17 +17,16 @@ PACKAGE = Path(hf_bucket.__file__).parent
 ROOMS = (
     {"errors"},
     {"ladder", "tasks"},
-    {"planner", "assign", "metrics", "manifest", "source"},
-    {"batch", "artifact", "collator"},
-    {"encode", "session", "graph"},
+    {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
+    {"batch", "artifact", "collator", "report", "labels"},
+    {"encode", "session", "graph", "cache", "describe"},
     {"facts", "probes", "session_ort"},
-    {"export", "runner"},
-    {"compile"},
-    {"models", "pipelines"},
-    {"systems"},
-    {"evaluate"},
-    {"glue"},
+    {"export", "runner", "systems"},
+    {"compile", "evaluate"},
+    {"models", "pipelines", "glue"},
+    {"predict"},
     {"__init__"},
+    {"cli"},
 )
 ROOM_OF = {module: number for number, room in enumerate(ROOMS) for module in room}
 

@@ -220,7 +220,7 @@ def test_a_saved_model_loads_as_the_same_model(loaded, tokenizer, tmp_path: Path
 
 def test_saving_over_a_file_is_refused(loaded, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(InputError, match="is a file; save_pretrained needs a folder"):
+    with pytest.raises(ArtifactError, match="is a file; choose a folder"):
         loaded.save_pretrained(tmp_path / "file")
 
 

@@ -1,0 +1,131 @@
+"""The cache of compiled models: one folder per model, in it one artifact per ladder."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import filelock
+from huggingface_hub import constants
+
+from hf_bucket.artifact import Artifact, hash_file, is_artifact, open_artifact, write_folder
+from hf_bucket.errors import ArtifactError, BucketError, BucketWarning
+from hf_bucket.ladder import Ladder
+from hf_bucket.manifest import MANIFEST
+
+_MODEL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*.onnx",
+    "*.onnx.data",
+    "*.onnx_data",
+)
+
+
+def cache_root() -> Path:
+    """Return the folder of compiled models: ``HF_BUCKET_CACHE``, or ``hf_bucket`` under the Hugging Face home."""
+    chosen = os.environ.get("HF_BUCKET_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(constants.HF_HOME) / "hf_bucket"
+
+
+def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact:
+    """Return the cache entry, filled if need be; without a usable cache, one that lasts as long as the process."""
+    name = hashlib.sha256(str(ladder).encode()).hexdigest()[:16]
+    target = cache_root() / key / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.with_name(f"{name}.lock")):
+            if is_artifact(target):
+                try:
+                    return open_artifact(target)
+                except ArtifactError as error:
+                    warnings.warn(f"compiling again: {error}", BucketWarning, stacklevel=2)
+            write_folder(target, fill)
+            return open_artifact(target)
+    except BucketError:
+        raise
+    except OSError as error:
+        warnings.warn(
+            f"the cache {cache_root()} cannot be written ({error}); compiling without it. Set HF_BUCKET_CACHE to a "
+            f"folder with free space, or save_pretrained the model",
+            BucketWarning,
+            stacklevel=2,
+        )
+    folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_folder(folder / name, fill)
+    return open_artifact(folder / name)
+
+
+def model_key(folder: Path, options: Sequence[str]) -> str:
+    """Return a key that changes with any file of the model in ``folder`` and with any of ``options``."""
+    digest = hashlib.sha256(repr(list(options)).encode())
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES):
+            digest.update(f"{path.name}:{hash_file(path)};".encode())
+    return digest.hexdigest()[:32]
+
+
+def any_ladder(key: str) -> Artifact | None:
+    """Return an artifact of the model with this key, whatever its ladder; None if the cache has none."""
+    folder = cache_root() / key
+    for candidate in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else ():
+        try:
+            return open_artifact(candidate.parent)
+        except ArtifactError as error:
+            warnings.warn(f"ignoring a damaged cache entry: {error}", BucketWarning, stacklevel=2)
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One compiled model in the cache.
+
+    Attributes:
+        model: name it was compiled from; empty where the entry is damaged.
+        problem: why it cannot be used; empty where it can.
+        size: bytes of its files; artifacts of one model share their weights, so the sum is more than the disk holds.
+    """
+
+    folder: Path
+    model: str
+    ladder: str
+    size: int
+    problem: str
+
+
+def entries() -> list[Entry]:
+    """Return what the cache holds, every file checked."""
+    return [_entry(path.parent) for path in sorted(cache_root().glob(f"*/*/{MANIFEST}"))]
+
+
+def _entry(folder: Path) -> Entry:
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    try:
+        manifest = open_artifact(folder).manifest
+    except ArtifactError as error:
+        return Entry(folder=folder, model="", ladder="", size=size, problem=str(error))
+    return Entry(folder=folder, model=manifest.source["name"], ladder=str(manifest.ladder), size=size, problem="")
+
+
+def clear() -> int:
+    """Remove every compiled model from the cache and return how many there were.
+
+    Raises:
+        OSError: a folder cannot be removed.
+    """
+    found = sorted(cache_root().glob(f"*/*/{MANIFEST}"))
+    for folder in {path.parent.parent for path in found}:
+        shutil.rmtree(folder)
+    return len(found)

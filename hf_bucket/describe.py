@@ -1,0 +1,40 @@
+"""Artifacts and checks as plain text, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hf_bucket.artifact import WEIGHTS, Artifact
+from hf_bucket.manifest import Validation
+
+
+def describe_artifact(artifact: Artifact) -> str:
+    """Return what an artifact holds, in some lines: source, labels, sizes, and how every bucket compared."""
+    manifest = artifact.manifest
+    total = sum(record.size for record in manifest.files.values())
+    weights = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
+    source = " ".join(f"{key}={value}" for key, value in manifest.source.items() if value)
+    lines = [
+        f"folder    {artifact.folder}",
+        f"task      {manifest.task}",
+        f"source    {source}",
+        f"labels    {', '.join(manifest.labels)}",
+        f"longest   {manifest.ladder.max_length} tokens; the model's limit is {manifest.max_length or 'unknown'}",
+        f"size      {total / 1e6:.1f} MB, of which weights {weights / 1e6:.1f} MB",
+        f"made with {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}",
+    ]
+    return "\n".join([*lines, "", describe_checks(manifest.validation)])
+
+
+def describe_checks(checks: Sequence[Validation]) -> str:
+    """Return a table with a line per bucket."""
+    rows = [("bucket", "rows compared", "with", "max |delta logit|", "label flips")]
+    for check in checks:
+        rows.append((check.bucket, str(check.n), check.reference, f"{check.max_abs_delta:.1e}", str(check.label_flips)))
+    return "\n".join(_aligned(rows))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
