@@ -28,7 +28,7 @@ KINDS = ("text", "jsonl", "csv", "parquet")
 EXAMPLES = """\
 examples:
   hf-bucket plan --lengths 12,15,18,40,41,120 --n-buckets 3
-  hf-bucket compile default --buckets 32,64,128 --output my-model
+  hf-bucket compile MODEL --buckets 32,64,128 --output my-model
   hf-bucket inspect my-model
   echo "a dull, endless film" | hf-bucket predict my-model --kind text
   hf-bucket validate my-model
@@ -90,7 +90,7 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--split", default="train", help="split of the data set (default: train)")
     parser.add_argument("--kind", choices=KINDS, help="of the file (default: by suffix)")
     _add_columns(parser)
-    parser.add_argument("--tokenizer", default="default", help="model whose tokenizer counts tokens, for texts")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="model whose tokenizer counts tokens; texts need one")
     parser.add_argument("--n-buckets", type=count, default=8, help="lengths the ladder may have (default: 8)")
     parser.add_argument("--batch-sizes", type=counts, help="such as 1,8 (the default)")
     parser.add_argument("--max-length", type=count, help="tokens the ladder must hold (default: the longest row)")
@@ -101,7 +101,7 @@ def _add_plan(commands: Commands) -> None:
 
 def _add_compile(commands: Commands) -> None:
     parser = commands.add_parser("compile", help="compile a model for a ladder and check every bucket against torch")
-    parser.add_argument("model", nargs="?", help='Hub id, folder, or "default" for the bundled model')
+    parser.add_argument("model", nargs="?", help="Hub id or folder")
     parser.add_argument("--recipe", type=Path, help="take everything from a recipe instead")
     parser.add_argument("--output", type=Path, help="folder to write (default: the cache only)")
     _add_source(parser)
@@ -131,7 +131,7 @@ def _add_validate(commands: Commands) -> None:
 
 def _add_predict(commands: Commands) -> None:
     parser = commands.add_parser("predict", help="label every row of a file, in order, losing none")
-    parser.add_argument("model", help='artifact, Hub id, folder, or "default" for the bundled model')
+    parser.add_argument("model", help="artifact, Hub id or folder")
     parser.add_argument("--input", type=Path, help="file to read (default: standard input)")
     parser.add_argument("--kind", choices=KINDS, help="of the input (default: by suffix)")
     parser.add_argument("--output", type=Path, help="file to write (default: standard output)")
@@ -222,6 +222,8 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         values = read_column(options.file, kind=options.kind, **columns)
     if values and not isinstance(values[0], int):
+        if options.tokenizer is None:
+            options.usage_error("texts need a --tokenizer MODEL that counts their tokens")
         values = count_tokens(values, Source(name=options.tokenizer))
     made = plan(values, n_buckets=options.n_buckets, batch_sizes=options.batch_sizes, max_length=options.max_length)
     findings = lint(made.ladder, min_length=1, max_length=None, histogram=made.histogram)
@@ -304,6 +306,8 @@ def _predict(options: argparse.Namespace) -> int:
     if options.input is None and options.kind is None:
         options.usage_error("standard input needs --kind")
     _check_new(options, options.output)
+    if options.input is not None and options.output is not None and options.input.resolve() == options.output.resolve():
+        options.usage_error(f"{options.output} is also the input; write to another file")
     artifact = compile_model(_source(options), CompileOptions(buckets=options.buckets))
     engine = EngineOptions(mode=options.mode, provider=options.provider)
     runner = Runner(artifact, RunOptions(engine=engine))

@@ -18,6 +18,11 @@ FOLDER = Path(hf_bucket.__file__).parent / "default"
 FILES = {"README.md", "config.json", "model.safetensors", "reviews.jsonl", "tokenizer.json", "tokenizer_config.json"}
 LABELS = ("negative", "positive")
 
+if not (FOLDER / "config.json").is_file():
+    pytest.skip(
+        "the default model is not in this version yet: scripts/train_default.py makes it", allow_module_level=True
+    )
+
 
 @pytest.fixture(scope="module")
 def reviews() -> list[dict[str, str]]:

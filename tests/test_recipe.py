@@ -80,7 +80,7 @@ def test_the_shipped_recipes_say_what_their_names_say() -> None:
     assert mrpc.evaluate is not None
     assert sst2.evaluate is not None
     assert (mrpc.evaluate.glue, sst2.evaluate.glue) == ("mrpc", "sst2")
-    assert (auto.buckets, auto.model) == ("auto", "default")
+    assert (auto.buckets, auto.n_buckets) == ("auto", 6)
     assert auto.calibration is not None
     assert auto.calibration.file is not None
 
