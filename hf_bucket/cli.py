@@ -156,7 +156,7 @@ def _add_eval(commands: Commands) -> None:
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--task", type=glue_task, default="", help="a task of GLUE, such as sst2")
+    add("--task", type=glue_task, help="a task of GLUE, such as sst2")
     add("--data", type=Path, help="a labelled file of your own, instead of a task: text, JSONL, CSV or parquet")
     add("--column", default="text", help="column of the text, with --data (default: text)")
     add("--pair-column", help="column of the second text of a pair, with --data")
@@ -335,12 +335,12 @@ def _eval(options: argparse.Namespace) -> int:
     from hf_bucket.evaluate import EvalRequest
     from hf_bucket.report import draw_evaluation
 
-    if bool(options.task) == (options.data is not None):
+    if (options.task is None) == (options.data is None):
         options.usage_error("eval needs --task or --data")
     for path in (options.output, options.chart):
         _check_new(options, path)
     fields = {name: value for name, value in vars(options).items() if name in EvalRequest.__dataclass_fields__}
-    report = glue.evaluate(EvalRequest(**{**fields, "command": options.typed}), say=say)
+    report = glue.evaluate(EvalRequest(**{**fields, "task": options.task or "", "command": options.typed}), say=say)
     text = json.dumps(report.to_json(), indent=2, allow_nan=False)
     if options.output is not None:
         options.output.write_text(text + "\n", encoding="utf-8")

@@ -69,7 +69,7 @@ class Recipe:
     """Everything that shapes the result, beside the data and the teacher."""
 
     seed: int = 0
-    epochs: int = 10
+    epochs: int = 6
     vocabulary: int = 10_000
     min_count: int = 8  # a piece seen less often in the train split yields its place to a common word
     width: int = 128
@@ -78,10 +78,8 @@ class Recipe:
     heads: int = 4
     positions: int = 512
     dropout: float = 0.1
-    asked_words: int = 10  # longer texts of the train split are not shown to the teacher: they cost most, tell least
-    confidence: float = 2.5  # the logit that a label stands for where the teacher was not asked
-    substituted: int = 20_000  # made texts: some words swapped for random ones
-    framed: int = 20_000  # made texts: two phrases in a frame
+    substituted: int = 40_000  # made texts: some words swapped for random ones
+    framed: int = 40_000  # made texts: two phrases in a frame
     documents: int = 1_000  # long texts per epoch, up to ``positions`` tokens
     batch_rows: int = 192
     batch_tokens: int = 4_096
@@ -101,9 +99,6 @@ class Examples:
     ids: list[TokenIds]
     logits: torch.Tensor
     labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -153,17 +148,13 @@ def train(recipe: Recipe, split: pd.DataFrame, teacher_folder: Path, output: Pat
     made = make_texts(recipe, texts, whole_words(tokenizer), rng)
     everything = texts + made
     labels = torch.tensor([*split["label"], *[NO_LABEL] * len(made)])
-    logits = recipe.confidence * torch.stack([1.0 - 2.0 * labels, 2.0 * labels - 1.0], dim=1)
-    asked = [row for row, text in enumerate(everything) if row >= len(texts) or is_short(text, recipe.asked_words)]
-    logits[asked] = teacher_logits(teacher, teacher_tokenizer, [everything[row] for row in asked], say)
+    logits = teacher_logits(teacher, teacher_tokenizer, everything, say)
     student = make_student(recipe, teacher, teacher_tokenizer, tokenizer)
-    say(
-        f"student of {student.num_parameters()} parameters; {len(texts)} texts of the split, {len(made)} made from them"
-    )
+    say(f"student of {student.num_parameters()} parameters; {len(texts)} texts and {len(made)} made from them")
 
     treebank = Examples(ids=encode(tokenizer, everything), logits=logits, labels=labels)
     written = replace(treebank, ids=encode(tokenizer, [as_written(text) for text in everything]))
-    fit(recipe, student, (treebank, written), n_originals=len(texts), tokenizer=tokenizer, rng=rng, say=say)
+    fit(recipe, student, (treebank, written), tokenizer, rng, say)
     save(student, tokenizer, output)
 
 
@@ -229,11 +220,6 @@ def make_texts(recipe: Recipe, texts: Sequence[str], words: Sequence[str], rng: 
 def substitute(text: str, words: Sequence[str], rng: random.Random, *, share: float = 0.25) -> str:
     """Return ``text`` with about ``share`` of its words swapped for random ones."""
     return " ".join(rng.choice(words) if rng.random() < share else word for word in text.split())
-
-
-def is_short(text: str, n_words: int) -> bool:
-    """Return whether ``text`` has at most ``n_words`` words."""
-    return len(text.split()) <= n_words
 
 
 def as_written(text: str) -> str:
@@ -339,8 +325,6 @@ def fit(
     recipe: Recipe,
     student: BertForSequenceClassification,
     spellings: tuple[Examples, Examples],
-    *,
-    n_originals: int,
     tokenizer: Tokenizer,
     rng: random.Random,
     say: Say,
@@ -352,7 +336,7 @@ def fit(
     student.train()
     for epoch in range(recipe.epochs):
         examples = mix(spellings, rng)
-        long = make_documents(recipe, examples, n_originals, tokenizer.token_to_id("."), rng)
+        long = make_documents(recipe, examples, tokenizer.token_to_id("."), rng)
         examples = Examples(
             ids=examples.ids + long.ids,
             logits=torch.cat([examples.logits, long.logits]),
@@ -373,15 +357,15 @@ def mix(spellings: tuple[Examples, Examples], rng: random.Random) -> Examples:
     return replace(spellings[0], ids=[pair[rng.random() < 0.5] for pair in pairs])
 
 
-def make_documents(recipe: Recipe, examples: Examples, n_originals: int, stop_id: int, rng: random.Random) -> Examples:
+def make_documents(recipe: Recipe, examples: Examples, stop_id: int, rng: random.Random) -> Examples:
     """Return long texts made of phrases of the train split, so that no position is left untrained.
 
     A document leans to one side, as reviews do; its logits are the mean of its phrases'.
     """
     sides: tuple[list[int], ...] = ([], [])
-    for row in range(n_originals):
-        if len(examples.ids[row]) >= 6:
-            sides[int(examples.labels[row])].append(row)
+    for row, label in enumerate(examples.labels.tolist()):
+        if label != NO_LABEL and len(examples.ids[row]) >= 6:
+            sides[label].append(row)
     made = [make_document(recipe, examples.ids, sides, stop_id, rng) for _ in range(recipe.documents)]
     return Examples(
         ids=[ids for ids, _ in made],

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_bucket.errors import DataError, DependencyError
-from hf_bucket.metrics import OFFICIAL_METRICS, flipped_rows, max_delta, padded_waste, score
+from hf_bucket.metrics import LABELLED, OFFICIAL_METRICS, flipped_rows, max_delta, padded_waste, score
 
 LABELS = np.array([1, 1, 1, 1, 0, 0, 0, 1])
 PREDICTIONS = np.array([1, 1, 1, 0, 0, 1, 0, 0])
@@ -54,7 +54,7 @@ def test_stsb_is_scored_by_pearson_and_spearman():
 
 
 def test_every_task_has_a_metric():
-    assert list(OFFICIAL_METRICS) == ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
+    assert list(OFFICIAL_METRICS) == ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli", LABELLED]
     for task in OFFICIAL_METRICS:
         assert list(score(task, LABELS, LABELS).values()) == pytest.approx([1.0] * len(OFFICIAL_METRICS[task]))
 
