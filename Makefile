@@ -1,14 +1,18 @@
 # Everything runs in a virtual environment of its own; constraints.txt pins what was tested.
 PYTHON ?= python3
 VENV ?= .venv
-BIN = $(VENV)/bin
+DEMO ?= demo
 JOBS ?= 2
+BIN = $(VENV)/bin
+REVIEWS = hf_bucket/default/reviews.jsonl
+LADDER = --buckets auto --n-buckets 6
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install test house lint types check bench-overhead clean
+.PHONY: help demo install test house lint types check bench-overhead clean
 
 help:
+	@echo "make demo            compile the bundled model, compare it with torch, draw the charts (in $(DEMO)/)"
 	@echo "make test            install what tests need and run them all"
 	@echo "make house           rooms, public names and import time only"
 	@echo "make lint            ruff: lint and format"
@@ -17,12 +21,32 @@ help:
 	@echo "make bench-overhead  what routing and padding cost (needs a model: MODEL=, DATA=)"
 	@echo "make clean           remove the virtual environment and caches"
 
+demo: $(VENV)/.demo
+	@mkdir -p $(DEMO)
+	@echo "1. Plan six bucket lengths for $(REVIEWS)"
+	@$(BIN)/hf-bucket plan $(REVIEWS) --tokenizer default --n-buckets 6 --max-length 512 --chart $(DEMO)/plan.png --force
+	@echo "2. Compile the bundled classifier for them, and check every bucket against torch"
+	@$(BIN)/hf-bucket compile default $(LADDER) --calibration $(REVIEWS) --output $(DEMO)/model --force
+	@echo "3. Compare the bucketed model with plain torch and with transformers' pipeline"
+	@$(BIN)/hf-bucket eval --data $(REVIEWS) --model default $(LADDER) --rounds 5 \
+		--output $(DEMO)/evaluation.json --chart $(DEMO)/evaluation.png --force
+	@echo "Charts: $(DEMO)/plan.png, $(DEMO)/evaluation.png. Compiled model: $(DEMO)/model. Try:"
+	@echo "    echo 'a dull, endless film' | $(BIN)/hf-bucket predict $(DEMO)/model --kind text"
+
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { \
+		echo "A virtual environment cannot be made; on Debian: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,plot]"
 	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.demo
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -43,4 +67,4 @@ bench-overhead: install
 	$(BIN)/python benchmarks/overhead.py --model $(MODEL) --data-dir $(DATA)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

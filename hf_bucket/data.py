@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeAlias
@@ -77,6 +78,16 @@ def columns_of(path: Path, kind: str | None = None) -> tuple[str, ...]:
         with _opened(source) as stream:
             return _csv_header(_csv_records(stream, source), source)
     return next((tuple(record.fields) for record in read_records(path, kind=kind) if record.error is None), ())
+
+
+def check_columns(path: Path, *, kind: str | None = None, column: str | None, pair_column: str | None) -> None:
+    """Raise a DataError if a column that is named is in none of a file's first 1,024 rows; None names none."""
+    known = dict.fromkeys(columns_of(path, kind))
+    for record in islice(read_records(path, kind=kind), 1024):
+        known.update(dict.fromkeys(() if record.error else record.fields))
+    for name in (column, pair_column):
+        if known and name is not None and name not in known:
+            raise DataError(f"{path} has no column {name!r}; it has {_listed(known)}")
 
 
 def pick_column(fields: Mapping[str, Any], pair_column: str | None = None) -> str:

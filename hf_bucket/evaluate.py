@@ -43,6 +43,7 @@ class EvalRequest:
         model: checkpoint on the Hub or in a folder, or ``"default"``.
         buckets: lengths, ``"auto"`` (planned from the train split) or ``"pow2"``.
         split: one split, or several joined by ``+``; ``validation`` is both of MNLI's.
+        calibration: texts or lengths to plan ``"auto"`` from, instead of the train split.
         data_dir: folder with ``<task>/<split>.parquet`` (or .csv, .jsonl) instead of the Hub.
         limit: rows of each split that are used, from the first.
         rounds: passes of every system over the data.
@@ -59,6 +60,7 @@ class EvalRequest:
     split: str = "validation"
     batch_sizes: Sequence[int] | None = None
     n_buckets: int | None = None
+    calibration: Sequence[object] | None = None
     data_dir: Path | None = None
     data: Path | None = None
     column: str = "text"
@@ -229,7 +231,7 @@ class EvalReport:
         split: one split, or several joined by ``+``.
         n: texts.
         labels: the task's label names in the model's order; empty for a regression.
-        calibration: the split whose lengths the ladder was planned from; None where it was given.
+        calibration: what the ladder was planned from, a split or the recipe's texts; None where it was given.
         ladder: names of the buckets.
         max_length: the model's true maximum in tokens; None where it has none.
         command: what was typed.
@@ -305,7 +307,8 @@ class EvalReport:
         )
 
 
-_HEADER = ("system", "texts/s (min-max)", "x torch", "waste", "truncated", "flips", "max |d logit|", "MB (peak)")
+_FLIPS, _DELTA = "label flips", "max |delta logit|"
+_HEADER = ("system", "texts/s (min-max)", "x torch", "waste", "truncated", _FLIPS, _DELTA, "MB (peak)")
 
 
 def _cells(figures: SystemFigures) -> tuple[str, ...]:

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from hf_bucket.compile import from_recipe
 from hf_bucket.data import read_records, text_of
 from hf_bucket.encode import Text
 from hf_bucket.errors import DataError, missing_part
 from hf_bucket.evaluate import EvalReport, EvalRequest, figures, installed_versions, measure, this_machine
 from hf_bucket.labels import align_labels, read_label_names
 from hf_bucket.metrics import LABELLED, Logits, Numbers, score
+from hf_bucket.recipe import Recipe
 from hf_bucket.source import local_path
 from hf_bucket.systems import Job, Start, start_worker
 
@@ -79,7 +81,7 @@ def evaluate(
     start: Start = start_worker,
     say: Callable[[str], None] = lambda line: None,
 ) -> EvalReport:
-    """Measure torch without padding, transformers' pipeline and the bucketed model on a GLUE task.
+    """Measure torch, alone and in sorted batches, transformers' pipeline and the bucketed model on a GLUE task.
 
     Args:
         start: starts one system and waits until it has loaded; by default in a process of its own.
@@ -107,7 +109,7 @@ def evaluate(
         model=request.model,
         revision=request.revision,
         labels=tuple(task.labels[index] for index in order) if task.labels else (),
-        calibration=_split_names(calibration) or None,
+        calibration="the recipe's" if request.calibration is not None else _split_names(calibration) or None,
         ladder=measured.ladder,
         max_length=measured.max_length,
         rounds=request.rounds,
@@ -119,6 +121,30 @@ def evaluate(
             figures(measured, system, _score(parts, order, measured.logits(system))) for system in measured.passes
         ),
     )
+
+
+def request_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says of an evaluation, as fields of ``EvalRequest``; without a section, only of the model.
+
+    Raises:
+        DataError: the calibration data cannot be read.
+    """
+    source, compiling = from_recipe(recipe)
+    fields: dict[str, Any] = {
+        "model": source.name,
+        "revision": source.revision,
+        "buckets": compiling.buckets,
+        "batch_sizes": compiling.batch_sizes,
+        "n_buckets": compiling.n_buckets,
+        "calibration": compiling.calibration,
+        "mode": recipe.mode,
+        "provider": recipe.provider,
+    }
+    check = recipe.evaluate
+    if check is not None:
+        fields.update(task=check.glue, split=check.split, data_dir=check.data_dir, rounds=check.rounds)
+        fields["label_order"] = check.label_order
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def get_glue_task(name: str) -> GlueTask:
@@ -211,7 +237,7 @@ def _load_parts(task: GlueTask, request: EvalRequest) -> list[TaskData]:
 
 def _calibration(task: GlueTask, request: EvalRequest, parts: Sequence[TaskData]) -> tuple[TaskData, ...]:
     """Return the data to plan a ladder from: the train split where there is one; empty when none is planned."""
-    if request.buckets != "auto":
+    if request.buckets != "auto" or request.calibration is not None:
         return ()
     if request.data is not None:
         return tuple(parts)
@@ -223,7 +249,9 @@ def _calibration(task: GlueTask, request: EvalRequest, parts: Sequence[TaskData]
 def _job(request: EvalRequest, parts: Sequence[TaskData], calibration: Sequence[TaskData]) -> Job:
     names = ("buckets", "batch_sizes", "n_buckets", "mode", "provider", "revision")
     options = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
-    if calibration:
+    if request.calibration is not None:
+        options["calibration_dataset"] = request.calibration
+    elif calibration:
         texts = _all_texts(calibration)
         options["calibration_dataset"] = [
             text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts

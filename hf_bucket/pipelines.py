@@ -278,7 +278,7 @@ def pipeline(
     Args:
         task: ``"text-classification"`` or ``"sentiment-analysis"``.
         model: Hub id, local folder, artifact folder, or a model that ``from_pretrained`` returned. None is the small
-            sentiment classifier that comes with the package, if this version has one; a line on standard error says so.
+            sentiment classifier that comes with the package; a line on standard error says so.
         tokenizer: a fast tokenizer to use instead of the one that came with the model.
         overflow: ``"truncate"`` (the default, counted in ``stats()`` and warned about once) or ``"error"``.
         window: texts of a stream that are read ahead, so that they can be sorted into buckets.

@@ -6,10 +6,16 @@ import csv
 import io
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_bucket.data import Record, pick_column, text_of
@@ -131,6 +137,59 @@ def _result(labels: Sequence[Mapping[str, Any]], top_k: int | None) -> Mapping[s
     if strange is not None:
         return {"error": f"the model gave the score {strange}, which is no number; check the model with this text"}
     return labels[0] if top_k is None else {"labels": labels}
+
+
+class LineWriter:
+    """Writes whole lines of UTF-8 to a file or standard output, unbuffered: an interrupt never leaves half a line.
+
+    SIGINT during a write is kept back until the line that is being written has ended, and is then raised as
+    ``KeyboardInterrupt``; a second one is raised at once, for a reader that never reads again.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = (
+            sys.stdout.fileno() if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        )
+        self._owned = path is not None
+
+    def __enter__(self) -> LineWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._owned:
+            os.close(self._file)
+
+    def write(self, lines: str) -> None:
+        """Write lines, each with its newline. Raises OSError, of which BrokenPipeError is one."""
+        data = lines.encode("utf-8")
+        with _kept_back() as interrupted:
+            done, end = 0, len(data)
+            while done < end:
+                done += os.write(self._file, memoryview(data)[done:end])
+                if interrupted:
+                    end = data.index(b"\n", max(done - 1, 0)) + 1
+        if interrupted:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _kept_back() -> Iterator[list[int]]:
+    """Collect a first SIGINT instead of raising it; only the main thread of a process can."""
+    collected: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield collected
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def collect(number: int, frame: object) -> None:
+        collected.append(number)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, collect)
+    try:
+        yield collected
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 class _Jsonl:

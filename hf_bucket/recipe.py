@@ -45,12 +45,14 @@ class Evaluation:
         glue: name of the task.
         data_dir: folder of the data; None means the Hub.
         rounds: passes of every system over the data, at least 1.
+        label_order: the task's labels in the model's order; None where the model's own names say it.
     """
 
     glue: str
     split: str = "validation"
     data_dir: Path | None = None
     rounds: int = 3
+    label_order: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,7 @@ class Key:
     """
 
     name: str
-    kind: Literal["text", "path", "count", "batch sizes", "buckets", "section"] = "text"
+    kind: Literal["text", "texts", "path", "count", "batch sizes", "buckets", "section"] = "text"
     required: bool = False
     values: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
@@ -135,6 +137,7 @@ KEYS = (
             Key(name="split"),
             Key(name="data_dir", kind="path"),
             Key(name="rounds", kind="count"),
+            Key(name="label_order", kind="texts"),
         ),
     ),
 )
@@ -270,6 +273,12 @@ def _read_text(path: Path, node: Any, key: Key) -> str:
     return text
 
 
+def _read_texts(path: Path, node: Any, key: Key) -> tuple[str, ...]:
+    if not _is_a(node, "seq") or not node.value:
+        raise _error(path, node, f"{key.name} must be a list of texts such as [negative, positive], got {_got(node)}")
+    return tuple(_read_text(path, item, key) for item in node.value)
+
+
 def _read_path(path: Path, node: Any, key: Key) -> Path:
     text = _read_text(path, node, key)
     try:
@@ -318,6 +327,7 @@ def _read_buckets(path: Path, node: Any, key: Key) -> object:
 
 _READERS: Mapping[str, Callable[[Path, Any, Key], Any]] = {
     "text": _read_text,
+    "texts": _read_texts,
     "path": _read_path,
     "count": _read_count,
     "batch sizes": _read_batch_sizes,

@@ -116,8 +116,6 @@ def locate(source: Source, *, export: bool | None, manifest: str, hub: Hub | Non
         ModelError: no such folder or repository, or nothing in it that can be run.
     """
     root = local_path(source.name)
-    if source.name == DEFAULT_MODEL and not (root / "config.json").is_file():
-        raise ModelError("this version comes without a default model; name one, a Hub id or a folder")
     if source.name and os.path.isdir(root):
         folder = root / source.subfolder
         paths = [path for place in (folder, folder / "onnx") if place.is_dir() for path in place.iterdir()]

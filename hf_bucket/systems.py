@@ -1,4 +1,4 @@
-"""Three systems that turn texts into logits: torch without padding, transformers' pipeline, the bucketed model.
+"""Systems that turn texts into logits: torch without padding and in sorted batches, transformers' pipeline, buckets.
 
 Each runs in a process of its own, so that its memory is its own.
 """
@@ -38,7 +38,7 @@ class Job:
 
     Attributes:
         max_length: the model's true maximum in tokens; None where it has none.
-        pipeline_batch_size: rows per batch of transformers' pipeline.
+        pipeline_batch_size: rows per batch of transformers' pipeline and of sorted torch.
         options: what ``BucketedModelForSequenceClassification.from_pretrained`` takes besides the model.
     """
 
@@ -276,6 +276,39 @@ class TorchEngine:
         return 0.0, self._checkpoint.lengths(texts)[1]
 
 
+class SortedTorchEngine:
+    """torch on batches of rows of like length: sorted by length, and padded to the longest of each batch."""
+
+    ladder: tuple[str, ...] = ()
+
+    def __init__(self, job: Job) -> None:
+        self._checkpoint = _Checkpoint(job)
+        self.max_length = job.max_length
+        self._batch_size = job.pipeline_batch_size
+        self.run(job.texts[:_WARM_UP])
+
+    def run(self, texts: Sequence[Text]) -> Logits:
+        """Return the logits of every text, tokenised once and batched by length. Shape: (row, label)."""
+        torch = import_part("torch")
+        tokenizer, model, cut = self._checkpoint.tokenizer, self._checkpoint.model, self._checkpoint.cut
+        columns = [list(texts)] if isinstance(texts[0], str) else [[text[part] for text in texts] for part in (0, 1)]
+        encoded = tokenizer(*columns, **cut)
+        order = sorted(range(len(texts)), key=lambda row: len(encoded["input_ids"][row]))
+        logits = np.zeros((len(texts), model.config.num_labels), dtype=np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(order), self._batch_size):
+                rows = order[start : start + self._batch_size]
+                features = [{name: column[row] for name, column in encoded.items()} for row in rows]
+                batch = tokenizer.pad(features, return_tensors="pt")
+                logits[rows] = model(**batch).logits.numpy()
+        return logits
+
+    def padding(self, texts: Sequence[Text]) -> tuple[float, int]:
+        """Return the waste of sorted batches padded to their longest row, and the rows longer than the maximum."""
+        lengths, truncated = self._checkpoint.lengths(texts)
+        return padded_waste(sorted(lengths), self._batch_size), truncated
+
+
 class PipelineEngine:
     """transformers' pipeline on the CPU, with batches in arrival order."""
 
@@ -342,6 +375,7 @@ class BucketEngine:
 
 ENGINES: Mapping[str, Callable[[Job], Engine]] = {
     REFERENCE: TorchEngine,
+    "torch, sorted batches": SortedTorchEngine,
     "transformers": PipelineEngine,
     BUCKETED: BucketEngine,
 }

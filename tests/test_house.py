@@ -24,7 +24,7 @@ ROOMS = (
     {"export", "runner", "systems"},
     {"compile", "evaluate"},
     {"models", "pipelines", "glue"},
-    {"predict"},
+    {"predict", "arguments"},
     {"__init__"},
     {"cli"},
 )

@@ -103,7 +103,8 @@ def test_every_key_arrives(read: Read) -> None:
     found = read(
         "model: m\ntask: sentiment-analysis\nrevision: '7'\nbuckets: auto\nbatch_sizes: [1, 4]\nn_buckets: 5\n"
         "calibration: {dataset: d, config: c, split: s, column: a, pair_column: b}\noverflow: truncate\nmode: static\n"
-        "provider: P\noutput: out/put\nevaluate: {glue: mnli, split: validation_matched, data_dir: data, rounds: 9}\n"
+        "provider: P\noutput: out/put\nevaluate: {glue: mnli, split: validation_matched, data_dir: data, rounds: 9,\n"
+        "  label_order: [b, a]}\n"
     )
     assert found == Recipe(
         path=Path("x.yaml"),
@@ -116,7 +117,9 @@ def test_every_key_arrives(read: Read) -> None:
         mode="static",
         provider="P",
         output=Path("out/put"),
-        evaluate=Evaluation(glue="mnli", split="validation_matched", data_dir=Path("data"), rounds=9),
+        evaluate=Evaluation(
+            glue="mnli", split="validation_matched", data_dir=Path("data"), rounds=9, label_order=("b", "a")
+        ),
     )
     assert found.path == Path("x.yaml")
 
@@ -211,6 +214,10 @@ WRONG = {
         r"x\.yaml:2: n_buckets must be a whole number of at least 1, got the t",
     ),
     "fraction-for-count": ("model: x\nn_buckets: 1.5", r"x\.yaml:2: n_buckets must be .* got the number '1.5'"),
+    "label-order": (
+        "model: x\nevaluate: {glue: rte, label_order: a}",
+        r"x\.yaml:2: label_order must be a list of texts such as \[negative, positive\], got the text 'a'",
+    ),
     "zero-count": ("model: x\nevaluate: {glue: rte, rounds: 0}", r"x\.yaml:2: rounds must be .* at least 1, got 0"),
     "octal-count": ("model: x\nn_buckets: 010", r"x\.yaml:2: n_buckets must be .* got the number '010'"),
     "count-of-many-digits": (
