@@ -115,7 +115,7 @@ def test_a_recipe_says_what_to_predict_with_and_what_to_evaluate(capfd, tiny_ber
     (tmp_path / "sst2" / "validation.csv").write_text(f"sentence,label\n{table}")
     recipe.write_text(
         f"model: {tiny_bert}\nbuckets: auto\nn_buckets: 2\ncalibration: {{file: {rows}, column: text}}\n"
-        f"evaluate: {{glue: sst2, data_dir: {tmp_path}, rounds: 1}}\n"
+        f"evaluate: {{glue: sst2, data_dir: {tmp_path}, rounds: 1, label_order: [negative, positive]}}\n"
     )
     status, out, _ = run(capfd, "predict", "--recipe", recipe, "--input", rows, "--overflow", "error")
     assert (status, len(out.splitlines())) == (0, 8)

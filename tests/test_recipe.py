@@ -157,7 +157,7 @@ WRONG = {
     "unknown-key-unlike-any": ("model: x\nzzz: 1", r"x\.yaml:2: zzz is not a key of a recipe; .* evaluate$"),
     "unknown-inner-key": (
         "model: x\nevaluate:\n  glue: rte\n  round: 2",
-        r"x\.yaml:4: round is not a key of evaluate; expected one of glue, split, data_dir, rounds \(did you mean roun",
+        r"x\.yaml:4: round is not a key of evaluate; expected one of glue, split, data_dir, rounds, label_order \(did",
     ),
     "merge-key": ("model: x\n<<: {mode: static}", r"x\.yaml:2: << is not a key"),
     "key-that-is-a-list": ("model: x\n? [a]\n: 1", r"x\.yaml:2: a list is not a key"),
