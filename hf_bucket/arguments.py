@@ -75,6 +75,8 @@ def _add_compile(commands: Commands) -> None:
     parser.add_argument("--calibration", type=Path, help="file of texts or token counts for auto")
     _add_columns(parser)
     parser.add_argument("--verbose", action="store_true", help="let the exporters talk")
+    leak = "compile a model even though padding changes its own answer in torch; by how much is recorded"
+    parser.add_argument("--allow-padding-leak", action="store_true", help=leak)
     _add_output_flags(parser)
     parser.set_defaults(command="compile")
 

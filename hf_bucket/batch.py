@@ -53,8 +53,9 @@ class PaddedBatch:
 def pad(features: Features, assignment: Assignment, signature: Signature) -> PaddedBatch:
     """Return the static batch of one assignment.
 
-    A padding token holds its input's ``pad_id``. A padding row repeats the first real row: values the model has seen,
-    so that no architecture divides by a row without tokens.
+    A padding token holds its input's ``pad_id`` and comes after the real ones, or before them where the signature says
+    so. A padding row repeats the first real row: values the model has seen, so that no architecture divides by a row
+    without tokens.
     """
     bucket, rows = assignment.bucket, assignment.rows
     lengths = tuple(features.lengths[row] for row in rows)
@@ -63,7 +64,8 @@ def pad(features: Features, assignment: Assignment, signature: Signature) -> Pad
         column = features.columns[spec.name]
         array = np.full((bucket.batch_size, *bucket.extent), spec.pad_id, dtype=spec.dtype)
         for position, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            array[position, :length] = column[row]
+            start = bucket.length - length if signature.padding_side == "left" else 0
+            array[position, start : start + length] = column[row]
         array[len(rows) :] = array[0]
         arrays[spec.name] = array
     return PaddedBatch(bucket=bucket, rows=rows, lengths=lengths, arrays=arrays)
@@ -77,9 +79,10 @@ def unpad(batch: PaddedBatch, outputs: Mapping[str, Array], signature: Signature
     results: dict[int, Row] = {}
     for position, (row, length) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
         result: dict[str, Array] = {}
+        tokens = slice(length) if signature.padding_side == "right" else slice(batch.bucket.length - length, None)
         for spec in signature.outputs:
             index = tuple(
-                position if axis == "row" else slice(length if axis == "token" else None) for axis in spec.axes
+                position if axis == "row" else tokens if axis == "token" else slice(None) for axis in spec.axes
             )
             result[spec.name] = outputs[spec.name][index].copy()
         results[row] = result

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from hf_bucket.artifact import Artifact, hash_file, is_artifact, open_artifact, write_folder
 from hf_bucket.errors import ArtifactError, BucketError, BucketWarning
 from hf_bucket.ladder import Ladder
-from hf_bucket.manifest import MANIFEST
+from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION
 
 _MODEL_FILES = (
     "*.json",
@@ -70,7 +70,7 @@ def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact
 
 def model_key(folder: Path, options: Sequence[str]) -> str:
     """Return a key that changes with any file of the model in ``folder`` and with any of ``options``."""
-    digest = hashlib.sha256(repr(list(options)).encode())
+    digest = hashlib.sha256(repr([SCHEMA_VERSION, *options]).encode())
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES):
             digest.update(f"{path.name}:{hash_file(path)};".encode())

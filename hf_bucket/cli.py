@@ -111,6 +111,7 @@ def _compile(options: argparse.Namespace) -> int:
             n_buckets=options.n_buckets,
             calibration=None if options.calibration is None else read_column(options.calibration, **columns),
             verbose=options.verbose,
+            allow_padding_leak=options.allow_padding_leak,
         )
     _check_new(options, output)
     artifact = compile_model(source, compiling)

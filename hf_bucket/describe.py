@@ -23,6 +23,8 @@ def describe_artifact(artifact: Artifact) -> str:
         f"size      {total / 1e6:.1f} MB, of which weights {weights / 1e6:.1f} MB",
         f"made with {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}",
     ]
+    if manifest.padding_leak is not None:
+        lines.append(f"LEAKS     padding moves this model's logits by up to {manifest.padding_leak:.2g}, in torch too")
     return "\n".join([*lines, "", describe_checks(manifest.validation)])
 
 

@@ -7,6 +7,7 @@
     |   +-- InputTypeError (TypeError)    ... because it is not text, or not the right kind of array
     +-- ModelError        (ValueError)    a checkpoint without the head, the tokenizer or the pad token that is needed
     +-- ExportError       (RuntimeError)  a model that could not be exported, or whose graph differs from torch
+    |   +-- PaddingLeakError              ... because its own answer changes when a row is padded
     +-- ArtifactError     (OSError)       an artifact that is missing, damaged, altered or from a newer version
     +-- ProviderError     (ValueError)    an execution provider that is unknown or not installed
     +-- DataError         (ValueError)    a data set without the column, split or label names that are needed
@@ -45,6 +46,10 @@ class ModelError(BucketError, ValueError):
 
 class ExportError(BucketError, RuntimeError):
     """A model could not be turned into a graph that gives the same answer."""
+
+
+class PaddingLeakError(ExportError):
+    """A model's own answer changes when a row is padded."""
 
 
 class ArtifactError(BucketError, OSError):

@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 from hf_bucket.artifact import GRAPH
 from hf_bucket.encode import Encoder
-from hf_bucket.errors import ExportError, ModelError, missing_part
+from hf_bucket.errors import ExportError, ModelError, PaddingLeakError, missing_part
 from hf_bucket.facts import Facts, check_vocabulary
+from hf_bucket.families import family_of, text_part, true_max_length
 from hf_bucket.graph import adopt, save_graph
-from hf_bucket.probes import Probe, probe_rows
-from hf_bucket.tasks import Signature, Task, true_max_length
+from hf_bucket.probes import ATOL, Probe, probe_rows, tolerance
+from hf_bucket.tasks import PaddingSide, Signature, Task
 
 Dtype = Literal["float32", "float16"]
 
+_SHORT = 64  # tokens; longer probes are not padded for the comparison of torch with torch, which would take long
 _TRACE_SHAPE = (3, 11)  # no size is 1 or equal to another, so that no dimension is mistaken for a constant
 
 
@@ -68,12 +70,15 @@ def read_checkpoint(folder: Path, task: Task, *, trust_remote_code: bool) -> Che
         )
     names = [name for name in task.pad_ids if name in tokenizer.model_input_names]
     encoder = Encoder(tokenizer.backend_tokenizer.to_str(), inputs=names)
+    written = config.to_dict()
     facts = Facts(
-        max_length=true_max_length(config.to_dict()),
-        vocab_size=getattr(config, "vocab_size", None),
+        max_length=true_max_length(written),
+        vocab_size=_whole(text_part(written).get("vocab_size")),
         labels=tuple(str(config.id2label[index]) for index in sorted(config.id2label)),
         problem_type=config.problem_type,
         pad_ids={name: _pad_id(task.pad_ids[name], tokenizer) for name in names},
+        padding_side=family_of(written).padding_side,
+        min_length=family_of(written).min_length,
     )
     check_vocabulary(encoder, facts)
     return Checkpoint(
@@ -86,45 +91,59 @@ def read_checkpoint(folder: Path, task: Task, *, trust_remote_code: bool) -> Che
     )
 
 
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
 def _pad_id(rule: int | str, tokenizer: Any) -> int:
     return rule if isinstance(rule, int) else int(getattr(tokenizer, rule))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What an export left in its folder, beside ``model.onnx`` and its weights."""
+    """What an export left in its folder, beside ``model.onnx`` and its weights; ``padding_leak`` as in ``Manifest``."""
 
     signature: Signature
     probes: tuple[Probe, ...]
+    padding_leak: float | None = None
 
 
-def export(checkpoint: Checkpoint, task: Task, folder: Path, *, dtype: Dtype, verbose: bool) -> Exported:
+def export(
+    checkpoint: Checkpoint, task: Task, folder: Path, *, dtype: Dtype, verbose: bool, allow_padding_leak: bool = False
+) -> Exported:
     """Write ``model.onnx`` with free dimensions, config and tokenizer into ``folder``.
 
     Args:
         dtype: of the weights; a half-precision checkpoint becomes float32 unless asked otherwise.
         verbose: let the exporters talk.
+        allow_padding_leak: go on with a model whose own answer changes when a row is padded.
 
     Raises:
         ModelError: the checkpoint has no weights for this task's head.
+        PaddingLeakError: the model's own answer changes when a row is padded.
         ExportError: the model cannot be exported.
     """
     with quiet(verbose):
         model = _load_model(checkpoint, task, dtype)
-        names = _accepted(model, checkpoint.facts.pad_ids)
-        probes = probe_rows(checkpoint.encoder, checkpoint.facts.max_length, checkpoint.facts.vocab_size)
-        references = [_torch_logits(model, row, names, checkpoint) for row in probes]
+        facts, names = checkpoint.facts, _accepted(model, checkpoint.facts.pad_ids)
+        rows = probe_rows(checkpoint.encoder, facts.max_length, facts.vocab_size, min_length=facts.min_length)
+        probes = tuple(Probe(input_ids=row, logits=_torch_logits(model, [row], names, facts)[0]) for row in rows)
+        leak = _padding_leak(model, probes, names, facts, ATOL[dtype])
+        if leak is not None and not allow_padding_leak:
+            raise PaddingLeakError(
+                f"padding changes what {type(model).__name__} answers: in torch itself a logit moves by {leak:.2g} "
+                f"when short rows are padded (n={len(probes)}); run it without padding, in transformers, "
+                f"or accept other answers with allow_padding_leak=True"
+            )
         graph = _trace(model, names, checkpoint)
-        signature = adopt(graph, task, {name: checkpoint.facts.pad_ids[name] for name in names})
+        pad_ids = {name: facts.pad_ids[name] for name in names}
+        signature = adopt(graph, task, pad_ids, padding_side=facts.padding_side)
         missing = [name for name in names if name not in signature.input_names]
         if "attention_mask" in missing or "input_ids" in missing:
             raise ExportError(f"the exported graph does not take {missing}, so padding could not be told from tokens")
         save_graph(graph, folder / GRAPH)
         checkpoint.save(folder)
-    return Exported(
-        signature=signature,
-        probes=tuple(Probe(input_ids=row, logits=logits) for row, logits in zip(probes, references, strict=True)),
-    )
+    return Exported(signature=signature, probes=probes, padding_leak=leak)
 
 
 def _load_model(checkpoint: Checkpoint, task: Task, dtype: Dtype) -> Any:
@@ -149,8 +168,9 @@ def _load_model(checkpoint: Checkpoint, task: Task, dtype: Dtype) -> Any:
             f"{checkpoint.folder} has no weights for {', '.join(missing[:4])}: it was not trained for {task.name} "
             f"(its architecture is {checkpoint.config.architectures}); use a {task.head} checkpoint"
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = checkpoint.tokenizer.pad_token_id
     return model.eval()
 
 
@@ -162,26 +182,56 @@ def _accepted(model: Any, pad_ids: Mapping[str, int]) -> list[str]:
     return [name for name in pad_ids if name in parameters]
 
 
-def _inputs(rows: Sequence[Sequence[int]], names: Sequence[str], pad_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return right-padded int64 tensors of shape ``(rows, longest)`` for the named inputs."""
+def _inputs(rows: Sequence[Sequence[int]], names: Sequence[str], facts: Facts, longest: int = 0) -> dict[str, Any]:
+    """Return padded int64 tensors of shape ``(rows, length of the longest row, or longest)`` for the named inputs."""
     import torch
 
-    longest = max(map(len, rows))
+    longest = max(longest, *map(len, rows))
     values = {
-        "input_ids": [[*row] + [pad_ids["input_ids"]] * (longest - len(row)) for row in rows],
-        "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+        "input_ids": [_filled(row, longest, facts.pad_ids["input_ids"], facts.padding_side) for row in rows],
+        "attention_mask": [_filled([1] * len(row), longest, 0, facts.padding_side) for row in rows],
         "token_type_ids": [[0] * longest for _ in rows],
     }
     return {name: torch.tensor(values[name], dtype=torch.int64) for name in names}
 
 
-def _torch_logits(model: Any, row: Sequence[int], names: Sequence[str], checkpoint: Checkpoint) -> tuple[float, ...]:
-    """Return torch's answer for one row without padding."""
+def _filled(row: Sequence[int], length: int, value: int, side: PaddingSide) -> list[int]:
+    filler = [value] * (length - len(row))
+    return [*filler, *row] if side == "left" else [*row, *filler]
+
+
+Logits = tuple[tuple[float, ...], ...]
+
+
+def _torch_logits(
+    model: Any, rows: Sequence[Sequence[int]], names: Sequence[str], facts: Facts, longest: int = 0
+) -> Logits:
+    """Return torch's answers for rows in one batch, padded to its longest or to ``longest`` tokens."""
     import torch
 
     with torch.inference_mode():
-        logits = model(**_inputs([row], names, checkpoint.facts.pad_ids)).logits
-    return tuple(float(value) for value in logits[0].float())
+        logits = model(**_inputs(rows, names, facts, longest)).logits
+    return tuple(tuple(float(value) for value in row) for row in logits.float())
+
+
+def _padding_leak(model: Any, probes: Sequence[Probe], names: Sequence[str], facts: Facts, atol: float) -> float | None:
+    """Return how far padding moves torch's own logits; None when that is no further than rounding may.
+
+    All short rows go together, padded to the longest of them; the shortest two also as far as any probe goes.
+    """
+    import numpy as np
+
+    short = [probe for probe in probes if len(probe.input_ids) <= _SHORT]
+    groups = [(short, 0), (short[:2], max(len(probe.input_ids) for probe in probes))]
+    worst = 0.0
+    for group, longest in groups:
+        if not group:
+            continue
+        padded = np.array(_torch_logits(model, [probe.input_ids for probe in group], names, facts, longest))
+        alone = np.array([probe.logits for probe in group])
+        delta = float(np.abs(padded - alone).max(initial=0.0))
+        worst = max(worst, delta if not delta <= tolerance(alone, atol) else 0.0)
+    return worst or None
 
 
 def _trace(model: Any, names: Sequence[str], checkpoint: Checkpoint) -> Any:
@@ -189,8 +239,8 @@ def _trace(model: Any, names: Sequence[str], checkpoint: Checkpoint) -> Any:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     rows, columns = _TRACE_SHAPE
-    filler = probe_rows(checkpoint.encoder, columns, checkpoint.facts.vocab_size, lengths=[columns] * rows)
-    inputs = _inputs([*filler[:-1], filler[-1][: columns - 3]], names, checkpoint.facts.pad_ids)
+    filler = probe_rows(checkpoint.encoder, columns, checkpoint.facts.vocab_size, lengths=[*[columns] * (rows - 1), 8])
+    inputs = _inputs(filler, names, checkpoint.facts)
     free = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in names}
     try:
         return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic_shapes=free)).program

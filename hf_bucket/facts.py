@@ -10,7 +10,8 @@ from typing import Any
 
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ModelError
-from hf_bucket.tasks import Task, true_max_length
+from hf_bucket.families import family_of, text_part, true_max_length
+from hf_bucket.tasks import PaddingSide, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,8 @@ class Facts:
         labels: names in the order of the logits.
         problem_type: as in transformers' config.
         pad_ids: value of a padding token, for every input the model takes.
+        padding_side: where padding tokens go.
+        min_length: fewest tokens the model takes.
     """
 
     max_length: int | None
@@ -30,6 +33,8 @@ class Facts:
     labels: tuple[str, ...]
     problem_type: str | None
     pad_ids: Mapping[str, int]
+    padding_side: PaddingSide = "right"
+    min_length: int = 1
 
 
 def check_vocabulary(encoder: Encoder, facts: Facts) -> None:
@@ -53,7 +58,7 @@ def read_facts(folder: Path, task: Task, encoder: Encoder) -> Facts:
     """
     config = _read_json(folder / "config.json")
     tokenizer = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    pad_id = config.get("pad_token_id")
+    pad_id = text_part(config).get("pad_token_id")
     token = tokenizer.get("pad_token")
     content = token.get("content") if isinstance(token, dict) else token
     if isinstance(content, str) and encoder.token_id(content) is not None:
@@ -61,13 +66,15 @@ def read_facts(folder: Path, task: Task, encoder: Encoder) -> Facts:
     if not isinstance(pad_id, int) or isinstance(pad_id, bool) or pad_id < 0:
         raise ModelError(f"{folder} names no pad token in config.json or tokenizer_config.json; add pad_token_id")
     special = {"pad_token_id": pad_id, "pad_token_type_id": tokenizer.get("pad_token_type_id") or 0}
-    vocab_size = config.get("vocab_size")
+    vocab_size, family = text_part(config).get("vocab_size"), family_of(config)
     return Facts(
         max_length=true_max_length(config),
         vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         labels=_labels(config, folder),
         problem_type=config.get("problem_type"),
         pad_ids={name: rule if isinstance(rule, int) else special[rule] for name, rule in task.pad_ids.items()},
+        padding_side=family.padding_side,
+        min_length=family.min_length,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from hf_bucket.artifact import WEIGHTS
 from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
-from hf_bucket.tasks import InputSpec, OutputSpec, Signature, Task
+from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature, Task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -53,7 +53,7 @@ def load_graph(path: Path) -> ir.Model:
     return model
 
 
-def adopt(model: ir.Model, task: Task, pad_ids: Mapping[str, int]) -> Signature:
+def adopt(model: ir.Model, task: Task, pad_ids: Mapping[str, int], *, padding_side: PaddingSide = "right") -> Signature:
     """Name the free dimensions ``batch`` and ``length``, drop what exporters leave behind, and return the signature.
 
     Args:
@@ -77,7 +77,7 @@ def adopt(model: ir.Model, task: Task, pad_ids: Mapping[str, int]) -> Signature:
         value.shape = onnx_ir.Shape([BATCH, LENGTH])
     for value, spec in zip(kept, outputs, strict=True):
         value.shape = onnx_ir.Shape(_output_shape(value, spec, BATCH, LENGTH))
-    return Signature(inputs=inputs, outputs=outputs)
+    return Signature(inputs=inputs, outputs=outputs, padding_side=padding_side)
 
 
 def _input_spec(value: ir.Value, task: Task, pad_ids: Mapping[str, int]) -> InputSpec:

@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from hf_bucket.errors import ArtifactError, LadderError
 from hf_bucket.ladder import Bucket, Ladder
-from hf_bucket.tasks import AXES, InputSpec, OutputSpec, Signature
+from hf_bucket.tasks import AXES, InputSpec, OutputSpec, PaddingSide, Signature
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "bucket_config.json"
 
 T = TypeVar("T")
@@ -56,6 +56,8 @@ class Manifest:
         labels: label names in the order of the logits.
         problem_type: as in transformers' config; None where the config has none.
         source: where the model came from, by name and revision, and how the graph was made.
+        padding_leak: how far torch's own logits moved when a row was padded, for a model that was compiled in spite of
+            it; None for all others, whose answer does not depend on padding.
     """
 
     task: str
@@ -69,6 +71,7 @@ class Manifest:
     versions: Mapping[str, str]
     validation: tuple[Validation, ...]
     files: Mapping[str, FileRecord]
+    padding_leak: float | None = None
 
     def to_json(self) -> str:
         """Return the text of ``bucket_config.json``."""
@@ -77,8 +80,9 @@ class Manifest:
         data["signature"] = {
             "inputs": [asdict(spec) for spec in self.signature.inputs],
             "outputs": [asdict(spec) for spec in self.signature.outputs],
+            "padding_side": self.signature.padding_side,
         }
-        for name in ("max_length", "vocab_size", "problem_type"):
+        for name in ("max_length", "vocab_size", "problem_type", "padding_leak"):
             data[name] = getattr(self, name)
         data["labels"] = list(self.labels)
         data["source"], data["versions"] = dict(self.source), dict(self.versions)
@@ -111,11 +115,13 @@ class Manifest:
             signature=Signature(
                 inputs=tuple(_read_input(entry) for entry in signature.each("inputs")),
                 outputs=tuple(_read_output(entry) for entry in signature.each("outputs")),
+                padding_side=_read_side(signature),
             ),
             max_length=data.optional("max_length", int),
             vocab_size=data.optional("vocab_size", int),
             labels=tuple(data.listed("labels", str)),
             problem_type=data.optional("problem_type", str),
+            padding_leak=data.optional("padding_leak", float),
             source=data.table("source", str),
             versions=data.table("versions", str),
             validation=tuple(_read_validation(entry) for entry in data.each("validation")),
@@ -183,6 +189,13 @@ def _read_axes(entry: _Reader) -> tuple[str, ...]:
     if unknown:
         raise ArtifactError(f"{MANIFEST} names an unknown axis {unknown[0]!r} at {entry.where}axes; known: {AXES}")
     return axes
+
+
+def _read_side(entry: _Reader) -> PaddingSide:
+    side = entry.take("padding_side", str)
+    if side not in get_args(PaddingSide):
+        raise ArtifactError(f"{MANIFEST} has {side!r} at {entry.where}padding_side; known: {get_args(PaddingSide)}")
+    return cast(PaddingSide, side)
 
 
 _DTYPES = ("int64", "int32", "float32", "float16", "bool")

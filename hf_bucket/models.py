@@ -75,6 +75,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         warmup: bool = True,
         export: bool | None = None,
         dtype: Dtype = "float32",
+        allow_padding_leak: bool = False,
         verbose: bool = False,
         revision: str | None = None,
         subfolder: str = "",
@@ -101,6 +102,8 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             warmup: run every bucket once before returning, smallest first.
             export: True insists on the checkpoint, False on an existing ONNX graph; None takes what is there.
             dtype: of the exported weights.
+            allow_padding_leak: compile a model even though padding changes its own answer in torch; by how much is
+                recorded in the manifest.
             verbose: let the exporters talk.
             revision: branch, tag or commit on the Hub.
             subfolder: folder inside the repository that holds the model.
@@ -127,6 +130,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             n_buckets=n_buckets,
             calibration=calibration_dataset,
             dtype=dtype,
+            allow_padding_leak=allow_padding_leak,
             export=export,
             verbose=verbose,
         )

@@ -259,6 +259,7 @@ def pipeline(
     window: int = 1024,
     export: bool | None = None,
     dtype: Dtype = "float32",
+    allow_padding_leak: bool = False,
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
@@ -317,6 +318,7 @@ def pipeline(
             calibration=calibration_dataset,
             dtype=dtype,
             export=export,
+            allow_padding_leak=allow_padding_leak,
         )
         engine = EngineOptions(mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads)
         options = RunOptions(engine=engine, overflow=overflow, warmup=warmup)

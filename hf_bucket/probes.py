@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_bucket.assign import Assignment
 from hf_bucket.batch import Features, pad, unpad
@@ -25,6 +26,9 @@ PROBE_LENGTHS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 
 _LONGEST_PROBE = 512
 _ROWS_PER_BUCKET = 2
 
+# By the dtype of the weights: allowed difference of a logit, for logits up to 1 in size; it grows with them.
+ATOL = {"float32": 1e-4, "float16": 2e-2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
@@ -35,17 +39,23 @@ class Probe:
 
 
 def probe_rows(
-    encoder: Encoder, max_length: int | None, vocab_size: int | None, *, lengths: Sequence[int] | None = None
+    encoder: Encoder,
+    max_length: int | None,
+    vocab_size: int | None,
+    *,
+    min_length: int = 1,
+    lengths: Sequence[int] | None = None,
 ) -> list[tuple[int, ...]]:
     """Return rows of random ordinary tokens between the special tokens of a single text.
 
     Args:
         max_length: no row is longer.
         vocab_size: ids are below it.
+        min_length: no row is shorter.
         lengths: tokens of each row; None takes ``PROBE_LENGTHS`` that fit, and the maximum itself where it is short.
     """
     head, tail = encoder.frame
-    least = max(1, len(head) + len(tail))
+    least = max(min_length, len(head) + len(tail))
     limit = _LONGEST_PROBE if max_length is None else max_length
     chosen = sorted({*PROBE_LENGTHS, min(limit, _LONGEST_PROBE)}) if lengths is None else lengths
     generator = np.random.default_rng(0)
@@ -83,17 +93,16 @@ def validate(
     """Run probes of several lengths through one bucket, as one batch where it has rows, and compare the logits.
 
     Args:
-        atol: allowed difference of a logit, for logits up to 1 in size; it grows with them.
+        atol: as in ``ATOL``; infinite for a model whose answer is known to depend on padding.
 
     Raises:
-        ExportError: a logit differs by more, or is not finite: padding changes this model's answer, or the graph is
-            wrong.
+        ExportError: a logit differs by more, or is not finite.
     """
     fitting = [probe for probe in probes if len(probe.input_ids) <= bucket.length]
     count = min(len(fitting), max(_ROWS_PER_BUCKET, bucket.batch_size))
     chosen = [fitting[-1 - round(step)] for step in np.linspace(0, len(fitting) - 1, count)] if fitting else []
     rows = np.arange(len(chosen))
-    features = _features(chosen)
+    features = probe_features([probe.input_ids for probe in chosen])
     answers: dict[int, Mapping[str, np.ndarray]] = {}
     for start in range(0, len(chosen), bucket.batch_size):
         assignment = Assignment(bucket=bucket, rows=tuple(int(row) for row in rows[start : start + bucket.batch_size]))
@@ -103,23 +112,28 @@ def validate(
     expected = np.array([probe.logits for probe in chosen], dtype=np.float64)
     with np.errstate(invalid="ignore"):  # infinity less infinity is no number, and refused as such
         delta = float(np.abs(got - expected).max(initial=0.0))
-    allowed = atol * max(1.0, float(np.abs(expected).max(initial=0.0)))
+    allowed = tolerance(expected, atol)
     flips = int((got.argmax(axis=-1) != expected.argmax(axis=-1)).sum()) if chosen else 0
     if not (np.isfinite(delta) and delta <= allowed):
         raise ExportError(
             f"bucket {bucket.name} does not give the {reference} answer: a logit differs by {delta:.2g}, allowed is "
-            f"{allowed:.2g} (n={len(chosen)}); padding changes what this model answers, so it cannot be bucketed"
+            f"{allowed:.2g} (n={len(chosen)}); the graph is wrong for this shape, so the model cannot be bucketed"
         )
     return Validation(bucket=bucket.name, max_abs_delta=delta, label_flips=flips, n=len(chosen), reference=reference)
 
 
-def _features(probes: Sequence[Probe]) -> Features:
-    ids = [probe.input_ids for probe in probes]
+def tolerance(expected: NDArray[np.float64], atol: float) -> float:
+    """Return the allowed difference of a logit, given all that are expected."""
+    return atol * max(1.0, float(np.abs(expected).max(initial=0.0)))
+
+
+def probe_features(rows: Sequence[tuple[int, ...]]) -> Features:
+    """Return rows of token ids as a request of single texts, with every input that a graph may take."""
     return Features(
-        lengths=tuple(map(len, ids)),
+        lengths=tuple(map(len, rows)),
         columns={
-            "input_ids": ids,
-            "attention_mask": [[1] * len(row) for row in ids],
-            "token_type_ids": [[0] * len(row) for row in ids],
+            "input_ids": rows,
+            "attention_mask": [[1] * len(row) for row in rows],
+            "token_type_ids": [[0] * len(row) for row in rows],
         },
     )

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from hf_bucket.artifact import Artifact, open_artifact
-from hf_bucket.assign import Cost, assign, cells_cost
+from hf_bucket.assign import Assignment, Cost, assign, cells_cost
 from hf_bucket.batch import Features, PaddedBatch, Row, pad, unpad
 from hf_bucket.encode import Encoder, Side, Text, Truncation, check_texts
 from hf_bucket.errors import BucketWarning, InputError, too_long
 from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.probes import probe_features, probe_rows
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Engine, EngineOptions, Mode, open_sessions
 from hf_bucket.tasks import Signature
@@ -227,12 +228,12 @@ class Runner:
             return self._sessions
 
     def _warm_up(self, sessions: Mapping[Bucket, Session]) -> None:
+        """Run every bucket once, on a row that looks like a text: some heads fail without its special tokens."""
+        size = self.artifact.manifest.vocab_size
         for bucket in self.ladder:
-            shape = (bucket.batch_size, *bucket.extent)
-            names = self.signature.inputs
-            sessions[bucket].run(
-                {spec.name: np.full(shape, spec.name == "attention_mask", spec.dtype) for spec in names}
-            )
+            rows = probe_rows(self.encoder, bucket.length, size, lengths=[bucket.length])
+            batch = pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), self.signature)
+            sessions[bucket].run(batch.arrays)
 
     def _check_lengths(self, lengths: Sequence[int], first_row: int) -> None:
         largest = self.ladder.max_length

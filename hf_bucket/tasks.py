@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_bucket.errors import ModelError
+
+PaddingSide = Literal["right", "left"]
 
 AXES = ("row", "token", "label", "height", "width", "query")
 
@@ -81,53 +84,13 @@ class OutputSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """What a graph takes and returns; padding and un-padding read nothing else."""
+    """What a graph takes and returns, and the side its rows are padded on; padding and un-padding read nothing else."""
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
+    padding_side: PaddingSide = "right"
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names in the graph's order."""
         return tuple(spec.name for spec in self.inputs)
-
-
-# Names that configurations give to the number of position embeddings.
-_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-
-# Model types whose positions start after the padding id (transformers, create_position_ids_from_input_ids).
-_POSITIONS_AFTER_PADDING = {
-    "camembert",
-    "data2vec-text",
-    "esm",
-    "ibert",
-    "lilt",
-    "longformer",
-    "luke",
-    "markuplm",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-}
-
-# Model types whose positions are relative without any limit, whatever number their configuration carries.
-_UNLIMITED_POSITIONS = {"bloom", "mpt", "mt5", "t5", "umt5", "xlnet"}
-
-
-def true_max_length(config: Mapping[str, object]) -> int | None:
-    """Return the most tokens a model's positions allow; None where there is no limit.
-
-    Args:
-        config: content of ``config.json``. RoBERTa-like models hold ``max_position_embeddings - pad_token_id - 1``.
-    """
-    model_type = config.get("model_type")
-    limits = [value for key in _POSITION_KEYS if isinstance(value := config.get(key), int) and value > 0]
-    if model_type in _UNLIMITED_POSITIONS or not limits:
-        return None
-    padding = config.get("pad_token_id")
-    if model_type in _POSITIONS_AFTER_PADDING:
-        return limits[0] - (padding if isinstance(padding, int) else 1) - 1
-    return limits[0]

@@ -33,10 +33,10 @@ from hf_bucket.assign import Assignment
 from hf_bucket.batch import Features, pad, unpad
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import BucketError
+from hf_bucket.families import true_max_length
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode, open_sessions
 from hf_bucket.source import Source
-from hf_bucket.tasks import true_max_length
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = tuple[int, ...]  # token ids

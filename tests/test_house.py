@@ -17,6 +17,7 @@ PACKAGE = Path(hf_bucket.__file__).parent
 ROOMS = (
     {"errors"},
     {"ladder", "tasks"},
+    {"families", "overflow"},
     {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "describe"},

@@ -27,7 +27,9 @@ MANIFEST_OF_ALL_PARTS = Manifest(
             InputSpec(name="attention_mask", dtype="int64", axes=("row", "token"), pad_id=0),
         ),
         outputs=(OutputSpec(name="logits", dtype="float32", axes=("row", "label")),),
+        padding_side="left",
     ),
+    padding_leak=0.5,
     max_length=64,
     vocab_size=94,
     labels=("no", "yes"),
@@ -56,7 +58,9 @@ manifests = st.builds(
             max_size=3,
         ).map(tuple),
         outputs=st.lists(st.builds(OutputSpec, name=texts, dtype=dtypes, axes=axes), max_size=2).map(tuple),
+        padding_side=st.sampled_from(["left", "right"]),
     ),
+    padding_leak=st.none() | st.floats(0, allow_infinity=False),
     max_length=st.none() | counts,
     vocab_size=st.none() | counts,
     labels=st.lists(texts, max_size=3).map(tuple),
@@ -125,7 +129,7 @@ SAMPLES = (None, True, False, 7, 0.5, "text", [], {})
 def fits(sample: Any, value: Any, path: Path) -> bool:
     """Whether ``sample`` has a type that may stand at ``path``, where ``value`` is."""
     if sample is None:
-        return path in {("max_length",), ("vocab_size",), ("problem_type",)}
+        return path in {("max_length",), ("vocab_size",), ("problem_type",), ("padding_leak",)}
     return type(sample) is type(value) or (isinstance(value, float) and type(sample) is int)
 
 

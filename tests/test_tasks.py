@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ModelError
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
-from hf_bucket.tasks import AXES, TASKS, InputSpec, Signature, get_task, true_max_length
+from hf_bucket.families import true_max_length
+from hf_bucket.tasks import AXES, TASKS, InputSpec, Signature, get_task
 
 TASK = get_task("text-classification")
 ENCODER = Encoder(tiny_tokenizer().to_str(), inputs=["input_ids"])
