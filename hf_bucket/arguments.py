@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from hf_bucket import __version__
 from hf_bucket.errors import BucketError
+from hf_bucket.overflow import make_overflow
 
 KINDS = ("text", "jsonl", "csv", "parquet")
 
@@ -18,7 +20,7 @@ examples:
   hf-bucket compile default --buckets 32,64,512 --output my-model
   hf-bucket inspect my-model
   echo "a dull, endless film" | hf-bucket predict my-model --kind text
-  hf-bucket validate my-model
+  hf-bucket validate my-model --data texts.csv
   hf-bucket eval --task sst2 --model MODEL --buckets 64,128 --data-dir GLUE
   hf-bucket cache
 
@@ -89,8 +91,15 @@ def _add_inspect(commands: Commands) -> None:
 
 
 def _add_validate(commands: Commands) -> None:
-    parser = commands.add_parser("validate", help="run an artifact's probes through every bucket again")
+    parser = commands.add_parser("validate", help="certify every bucket against torch, on your texts or on the probes")
     parser.add_argument("artifact", type=Path)
+    parser.add_argument("--data", type=Path, help="text, JSONL, CSV or parquet file of texts (default: the probes)")
+    parser.add_argument("--kind", choices=KINDS, help="of the data (default: by suffix)")
+    _add_columns(parser)
+    parser.add_argument("--limit", type=count, help="rows of the data to use, from the first")
+    parser.add_argument("--checkpoint", metavar="MODEL", help="compare with it (default: what was compiled, if here)")
+    atol = "allowed difference of a logit, more for logits above 1 (default: 1e-4 for float32)"
+    parser.add_argument("--atol", type=difference, help=atol)
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(command="validate")
 
@@ -108,7 +117,7 @@ def _add_predict(commands: Commands) -> None:
     parser.add_argument("--buckets", type=buckets, help="for a model that is no artifact, as in compile")
     parser.add_argument("--batch-sizes", type=counts, help="for a model that is no artifact, as in compile")
     parser.add_argument("--top-k", type=count, help="labels per row, best first (default: the best alone)")
-    parser.add_argument("--overflow", choices=("truncate", "error"), help="texts that are too long (default: truncate)")
+    parser.add_argument("--overflow", type=overflow, help="truncate (default), error, window, dynamic; with options")
     parser.add_argument("--mode", choices=("shared", "static"), help="how weights are held (default: shared)")
     parser.add_argument("--provider", help="onnxruntime execution provider (default: auto)")
     parser.add_argument("--window", type=count, default=1024, help="rows read ahead (default: 1024)")
@@ -189,6 +198,25 @@ def count(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def overflow(text: str) -> str:
+    """Return the spelling of an overflow policy that exists."""
+    try:
+        return str(make_overflow(text))
+    except BucketError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def difference(text: str) -> float:
+    """Return a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
 
 
 def names(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from hf_bucket.assign import Assignment
 from hf_bucket.ladder import Bucket
+from hf_bucket.overflow import Pool
 from hf_bucket.tasks import Signature
 
 Array = NDArray[np.generic]
@@ -24,11 +26,15 @@ class Features:
         lengths: tokens of every row.
         columns: per graph input, the values of every row; row ``i`` has ``lengths[i]`` of them.
         truncated: rows that were cut to fit, ascending.
+        owners: position in the request of the text that each row is a window of; None where every row is its own.
+        pool: how the outputs of the windows of one text become one.
     """
 
     lengths: tuple[int, ...]
     columns: Mapping[str, Sequence[Sequence[int] | NDArray[np.int64]]]
     truncated: tuple[int, ...] = ()
+    owners: tuple[int, ...] | None = None
+    pool: Pool = "mean"
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -87,3 +93,24 @@ def unpad(batch: PaddedBatch, outputs: Mapping[str, Array], signature: Signature
             result[spec.name] = outputs[spec.name][index].copy()
         results[row] = result
     return results
+
+
+def pool(rows: Sequence[Row], features: Features) -> list[Row]:
+    """Return one row of outputs per input: those of its windows, pooled element by element."""
+    if features.owners is None:
+        return list(rows)
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for owner, row in zip(features.owners, rows, strict=True):
+        groups[owner].append(row)
+    pooled = _POOLS[features.pool]
+    return [
+        {name: pooled(np.stack([row[name] for row in group])) for name in group[0]}
+        for _, group in sorted(groups.items())
+    ]
+
+
+_POOLS: Mapping[Pool, Callable[[Array], Array]] = {
+    "mean": lambda windows: windows.mean(axis=0),
+    "max": lambda windows: windows.max(axis=0),
+    "first": lambda windows: windows[0],
+}

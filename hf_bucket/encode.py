@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from tokenizers import Encoding, Tokenizer
 
 from hf_bucket.batch import Features
 from hf_bucket.errors import ArtifactError, InputError, InputTypeError, TooLongError
+from hf_bucket.overflow import Side, Strategy
 from hf_bucket.source import Source, locate_tokenizer
 
 Text: TypeAlias = str | tuple[str, str]
-Strategy = Literal["longest_first", "only_first", "only_second"]
-Side = Literal["left", "right"]
-
-_COLUMNS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+Ids: TypeAlias = list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +25,48 @@ class Truncation:
     Attributes:
         max_length: tokens that stay, special tokens included.
         strategy: which text of a pair loses tokens; a single text counts as the first.
-        side: the end that loses them.
+        side: where they are lost.
     """
 
     max_length: int
     strategy: Strategy = "longest_first"
     side: Side = "right"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """How a text of too many tokens is seen through several windows.
+
+    Attributes:
+        max_length: tokens of a window at most, special tokens included.
+        stride: tokens that neighbouring windows share.
+        strategy: which text of a pair the windows move over; the other one is whole in all of them.
+    """
+
+    max_length: int
+    stride: int
+    strategy: Strategy = "longest_first"
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The special tokens before, between and after one text or two, with their types, and the types of the texts."""
+
+    ids: tuple[Ids, ...]
+    types: tuple[Ids, ...]
+    text_types: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.ids))
+
+    def around(self, parts: Sequence[Ids]) -> tuple[Ids, Ids]:
+        """Return ids and types of a whole row."""
+        ids, types = [*self.ids[0]], [*self.types[0]]
+        for number, part in enumerate(parts):
+            ids += [*part, *self.ids[number + 1]]
+            types += [*[self.text_types[number]] * len(part), *self.types[number + 1]]
+        return ids, types
 
 
 class Encoder:
@@ -51,12 +85,19 @@ class Encoder:
             settings = json.loads(tokenizer_json)
             settings["truncation"] = settings["padding"] = None
             self._tokenizer = Tokenizer.from_str(json.dumps(settings))
-            probe = self._tokenizer.encode("a").special_tokens_mask
+            word = self._word()
+            self._frames = _frame(self._tokenizer.encode(word), 1), _frame(self._tokenizer.encode(word, word), 2)
         except Exception as error:  # the library raises bare Exception
             raise ArtifactError(f"tokenizer.json cannot be read ({error}); compile the model again") from error
         self._inputs = tuple(inputs)
-        self._prefix = _leading_ones(probe)
-        self._suffix = _leading_ones(probe[::-1])
+
+    def _word(self) -> str:
+        """Return a text that this tokenizer makes at least one ordinary token of."""
+        known = self._tokenizer.get_vocab()
+        for word in ("a", "1", *sorted(known, key=known.__getitem__)):
+            if self._tokenizer.encode(word, add_special_tokens=False).ids:
+                return word
+        raise ValueError("it makes no token of any word it knows")
 
     @property
     def min_length(self) -> int:
@@ -66,13 +107,13 @@ class Encoder:
     @property
     def suffix_length(self) -> int:
         """Special tokens after a single text, such as BERT's one ``[SEP]``."""
-        return self._suffix
+        return len(self._frames[0].ids[1])
 
     @property
     def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of the special tokens before and after a single text."""
-        ids = self._tokenizer.encode("a").ids
-        return tuple(ids[: self._prefix]), tuple(ids[len(ids) - self._suffix :])
+        before, after = self._frames[0].ids
+        return tuple(before), tuple(after)
 
     @property
     def vocabulary_size(self) -> int:
@@ -95,27 +136,39 @@ class Encoder:
         """Return the tokens of every text, special tokens included, before any truncation."""
         return [len(encoding) for encoding in self._encode(texts)]
 
-    def __call__(self, texts: Sequence[Text], *, truncation: Truncation | None = None) -> Features:
+    def __call__(
+        self, texts: Sequence[Text], *, truncation: Truncation | None = None, windows: Windows | None = None
+    ) -> Features:
         """Return the tokens of every text.
 
         Args:
             texts: texts or pairs, as ``check_texts`` returns them.
             truncation: cut texts of more tokens; None leaves every text whole.
+            windows: make several rows of texts that have more tokens even so; ``owners`` tells whose they are.
 
         Raises:
             InputError: a text holds a lone surrogate, which has no UTF-8 form.
-            TooLongError: ``truncation`` may not cut enough off a pair.
+            TooLongError: ``truncation`` may not cut enough off a pair, or the windows have no room for it.
         """
-        encodings = self._encode(texts)
+        columns: dict[str, list[Ids]] = {name: [] for name in self._inputs}
         truncated: list[int] = []
-        if truncation is not None:
-            for row, encoding in enumerate(encodings):
-                if len(encoding) > truncation.max_length:
-                    encodings[row] = self._encode_cut(texts[row], truncation, row)
-                    truncated.append(row)
-        columns = {name: [getattr(encoding, _COLUMNS[name]) for encoding in encodings] for name in self._inputs}
-        lengths = tuple(len(encoding) for encoding in encodings)
-        return Features(lengths=lengths, columns=columns, truncated=tuple(truncated))
+        owners: list[int] = []
+        typed = "token_type_ids" in columns
+        for row, encoding in enumerate(self._encode(texts)):
+            rows = [(encoding.ids, encoding.type_ids if typed else [])]
+            if truncation is not None and len(encoding) > truncation.max_length:
+                rows = [self._cut(texts[row], truncation, row)]
+                truncated.append(row)
+            if windows is not None and len(rows[0][0]) > windows.max_length:
+                rows = self._windows(texts[row], windows, row)
+            for ids, types in rows:
+                values = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": types}
+                for name, column in columns.items():
+                    column.append(values[name])
+                owners.append(row)
+        lengths = tuple(len(ids) for ids in columns[self._inputs[0]])
+        windowed = tuple(owners) if len(owners) != len(texts) else None
+        return Features(lengths=lengths, columns=columns, truncated=tuple(truncated), owners=windowed)
 
     def _encode(self, texts: Sequence[Text]) -> list[Encoding]:
         try:
@@ -126,18 +179,77 @@ class Encoder:
                     _check_unicode(part, row, error)
             raise
 
-    def _encode_cut(self, text: Text, truncation: Truncation, row: int) -> Encoding:
-        """Return the encoding cut to at most ``truncation.max_length`` tokens, its special tokens whole."""
-        parts = (text,) if isinstance(text, str) else text
-        encodings = [self._tokenizer.encode(parts[0], add_special_tokens=False)]
-        if len(parts) == 2:  # after an empty first text, so that it gets the types of a second one
-            encodings.append(self._tokenizer.encode("", parts[1], add_special_tokens=False))
-        budget = truncation.max_length - self._tokenizer.num_special_tokens_to_add(len(parts) == 2)
-        sizes = _cut_sizes([len(encoding) for encoding in encodings], budget, truncation, row)
-        for encoding, size in zip(encodings, sizes, strict=True):
-            encoding.truncate(size, stride=0, direction=truncation.side)
-        first, *second = encodings
-        return self._tokenizer.post_process(first, second[0] if second else None)
+    def _cut(self, text: Text, truncation: Truncation, row: int) -> tuple[Ids, Ids]:
+        """Return ids and types cut to at most ``truncation.max_length`` tokens, the special tokens whole."""
+        parts, frame = self._parts(text)
+        sizes = _cut_sizes([len(part) for part in parts], truncation.max_length - frame.size, truncation, row)
+        return frame.around([cut(part, size, truncation.side) for part, size in zip(parts, sizes, strict=True)])
+
+    def _windows(self, text: Text, windows: Windows, row: int) -> list[tuple[Ids, Ids]]:
+        """Return ids and types of every window, from the beginning; the last one may be shorter."""
+        parts, frame = self._parts(text)
+        sizes = [len(part) for part in parts]
+        moving = {"only_first": 0, "only_second": len(parts) - 1}.get(windows.strategy, sizes.index(max(sizes)))
+        room = windows.max_length - frame.size - (sum(sizes) - sizes[moving])
+        if room <= windows.stride:
+            raise TooLongError(
+                f"input {row} leaves room for {max(room, 0)} tokens per window beside its special tokens and its other "
+                f"text, which is no more than the stride of {windows.stride}; use a smaller stride or a longer bucket"
+            )
+        starts = range(0, max(1, sizes[moving] - windows.stride), room - windows.stride)
+        return [
+            frame.around([part[at : at + room] if which == moving else part for which, part in enumerate(parts)])
+            for at in starts
+        ]
+
+    def _parts(self, text: Text) -> tuple[list[Ids], _Frame]:
+        """Return the ordinary tokens of a text, or of both of a pair, and what goes around them."""
+        if isinstance(text, str):
+            return [self._tokenizer.encode(text, add_special_tokens=False).ids], self._frames[0]
+        first = self._tokenizer.encode(text[0], add_special_tokens=False).ids
+        second = self._tokenizer.encode("", text[1], add_special_tokens=False).ids  # as the second of a pair
+        return [first, second], self._frames[1]
+
+
+def _frame(encoding: Encoding, n_texts: int) -> _Frame:
+    """Return the frame of an encoding in which every text has at least one token."""
+    owners = encoding.sequence_ids
+    firsts = [owners.index(number) for number in range(n_texts)]
+    ends = [len(owners) - owners[::-1].index(number) for number in range(n_texts)]
+    gaps = [slice(start, end) for start, end in zip([0, *ends], [*firsts, len(owners)], strict=True)]
+    return _Frame(
+        tuple(encoding.ids[gap] for gap in gaps),
+        tuple(encoding.type_ids[gap] for gap in gaps),
+        tuple(encoding.type_ids[first] for first in firsts),
+    )
+
+
+def cut(ids: Sequence[int], size: int, side: Side) -> list[int]:
+    """Return ``size`` of the tokens: the first, the last, or as many from both ends, the odd one from the beginning."""
+    if len(ids) <= size:
+        return [*ids]
+    head = {"right": size, "left": 0, "head+tail": size - size // 2}[side]
+    return [*ids[:head], *ids[len(ids) - (size - head) :]]
+
+
+def window_places(length: int, head: int, tail: int, room: int, stride: int) -> list[list[int]]:
+    """Return which tokens of a row every window of it keeps.
+
+    Args:
+        length: tokens of the row; ``head`` and ``tail`` special ones at its ends are in every window.
+        room: other tokens that a window holds.
+        stride: of those, how many neighbours share.
+
+    Raises:
+        InputError: the windows would never get on.
+    """
+    if length <= head + room + tail:
+        return [[*range(length)]]
+    if room <= stride:
+        raise InputError(f"a window has room for {room} tokens, which is no more than the stride of {stride}; lower it")
+    last = length - tail
+    starts = range(head, max(head + 1, last - stride), room - stride)
+    return [[*range(head), *range(at, min(at + room, last)), *range(last, length)] for at in starts]
 
 
 def count_tokens(texts: Iterable[object], source: Source) -> list[int]:
@@ -208,10 +320,6 @@ def _check_unicode(text: str, row: int, error: TypeError) -> None:
             f"input {row} has a lone surrogate at position {reason.start}, which is no Unicode character; decode the "
             f'source with errors="replace", or drop it'
         ) from error
-
-
-def _leading_ones(mask: Sequence[int]) -> int:
-    return next((index for index, flag in enumerate(mask) if not flag), len(mask))
 
 
 def _cut_sizes(sizes: Sequence[int], budget: int, truncation: Truncation, row: int) -> list[int]:

@@ -21,7 +21,8 @@ from hf_bucket.errors import InputError, InputTypeError, ModelError, ProviderErr
 from hf_bucket.export import Dtype
 from hf_bucket.ladder import Ladder
 from hf_bucket.manifest import MANIFEST
-from hf_bucket.runner import Overflow, Runner, RunOptions
+from hf_bucket.overflow import OverflowLike
+from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode
 from hf_bucket.source import Source
 
@@ -71,7 +72,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         provider: str = "auto",
         provider_options: Mapping[str, str] | None = None,
         threads: int = 0,
-        overflow: Overflow = "error",
+        overflow: OverflowLike = "error",
         warmup: bool = True,
         export: bool | None = None,
         dtype: Dtype = "float32",
@@ -98,7 +99,8 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
             provider_options: passed to the provider as they are.
             threads: threads one run may use; 0 means every core this process may use.
-            overflow: ``"error"`` or ``"truncate"`` for an input longer than the largest bucket.
+            overflow: for an input longer than the largest bucket ``"error"``, ``"truncate"``, ``"window"`` or
+                ``"dynamic"``, with options as ``overflow.Overflow`` has them: ``"window:max,stride=32"``.
             warmup: run every bucket once before returning, smallest first.
             export: True insists on the checkpoint, False on an existing ONNX graph; None takes what is there.
             dtype: of the exported weights.

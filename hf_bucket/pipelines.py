@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bucket.compile import CompileOptions, compile_model, say
-from hf_bucket.encode import Strategy, Text, Truncation, check_text
+from hf_bucket.encode import Text, Truncation, check_text
 from hf_bucket.errors import InputError, InputTypeError, ModelError, ProviderError
 from hf_bucket.export import Dtype
 from hf_bucket.ladder import Ladder
-from hf_bucket.runner import Overflow, Runner, RunOptions
+from hf_bucket.overflow import OverflowLike, Strategy, make_overflow
+from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode
 from hf_bucket.source import DEFAULT_MODEL, Source
 from hf_bucket.tasks import get_task
@@ -90,13 +91,13 @@ class TextClassificationPipeline:
     task = "text-classification"
 
     def __init__(
-        self, runner: Runner, defaults: CallOptions, *, overflow: Overflow = "truncate", window: int = 1024
+        self, runner: Runner, defaults: CallOptions, *, overflow: OverflowLike = "truncate", window: int = 1024
     ) -> None:
         if window < 1:
             raise InputError(f"window must be a number of texts of at least 1, got {window!r}")
         self.runner = runner
         self._defaults = defaults
-        self._overflow: Overflow = overflow
+        self._overflow = make_overflow(overflow)
         self._window = window
 
     def __call__(
@@ -177,7 +178,7 @@ class TextClassificationPipeline:
     def _classify(self, texts: Sequence[Text], options: CallOptions, first_row: int) -> list[Any]:
         truncation = self._truncation(options)
         refuse = options.truncation in (False, "do_not_truncate")
-        overflow: Overflow = "error" if refuse else self._overflow
+        overflow = make_overflow("error") if refuse else self._overflow
         features = self.runner.encode(texts, truncation=truncation, overflow=overflow, first_row=first_row)
         function = FUNCTIONS[self._function(options)]
         return [self._label(function(row["logits"].astype(np.float32)), options) for row in self.runner.run(features)]
@@ -254,7 +255,7 @@ def pipeline(
     provider: str = "auto",
     provider_options: Mapping[str, str] | None = None,
     threads: int = 0,
-    overflow: Overflow = "truncate",
+    overflow: OverflowLike = "truncate",
     warmup: bool = True,
     window: int = 1024,
     export: bool | None = None,
@@ -281,7 +282,8 @@ def pipeline(
         model: Hub id, local folder, artifact folder, or a model that ``from_pretrained`` returned. None is the small
             sentiment classifier that comes with the package; a line on standard error says so.
         tokenizer: a fast tokenizer to use instead of the one that came with the model.
-        overflow: ``"truncate"`` (the default, counted in ``stats()`` and warned about once) or ``"error"``.
+        overflow: ``"truncate"`` (the default, counted in ``stats()`` and warned about once), ``"error"``, ``"window"``
+            or ``"dynamic"``, with options as ``overflow.Overflow`` has them: ``"truncate:head+tail"``.
         window: texts of a stream that are read ahead, so that they can be sorted into buckets.
         device: None, -1 or ``"cpu"``; other places are a matter of ``provider``.
         batch_size, num_workers: accepted for the sake of code written for transformers; the ladder decides instead.

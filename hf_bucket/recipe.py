@@ -9,8 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from hf_bucket.errors import LadderError, RecipeError
+from hf_bucket.errors import InputError, LadderError, RecipeError
 from hf_bucket.ladder import cross, make_ladder
+from hf_bucket.overflow import make_overflow
 from hf_bucket.tasks import TASKS, get_task
 
 DEFAULT_MODEL = "default"  # as ``model``: the one that comes with the package
@@ -79,7 +80,7 @@ class Recipe:
     calibration: Calibration | None = None
     task: str = "text-classification"
     revision: str | None = None
-    overflow: Literal["error", "truncate"] = "error"
+    overflow: str = "error"
     mode: Literal["shared", "static"] = "shared"
     provider: str = "auto"
     output: Path | None = None
@@ -97,7 +98,7 @@ class Key:
     """
 
     name: str
-    kind: Literal["text", "texts", "path", "count", "batch sizes", "buckets", "section"] = "text"
+    kind: Literal["text", "texts", "path", "count", "overflow", "batch sizes", "buckets", "section"] = "text"
     required: bool = False
     values: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
@@ -125,7 +126,7 @@ KEYS = (
     ),
     Key(name="task", values=_TASK_NAMES),
     Key(name="revision"),
-    Key(name="overflow", values=("error", "truncate")),
+    Key(name="overflow", kind="overflow"),
     Key(name="mode", values=("shared", "static")),
     Key(name="provider"),
     Key(name="output", kind="path"),
@@ -212,9 +213,10 @@ def _is_a(node: Any, kind: str) -> bool:
 
 def _got(node: Any) -> str:
     """Return what a node holds, in the words of a message."""
-    name = _NAMES.get(node.tag.removeprefix(_TAG), "")
-    if not name:
+    kind = node.tag.removeprefix(_TAG)
+    if kind not in _NAMES or not _is_a(node, kind):  # the repr of a tagged list follows aliases: no end to it
         return f"a value tagged {node.tag!r:.60}"
+    name = _NAMES[kind]
     return f"{name} {node.value!r:.60}" if name.startswith("the ") else name
 
 
@@ -268,6 +270,8 @@ def _read_text(path: Path, node: Any, key: Key) -> str:
         quotes = "; put it in quotes" if node.id == "scalar" and node.value and not key.values else ""
         raise _error(path, node, f"{key.name} must be {expected}, got {_got(node)}{quotes or '; or leave the key out'}")
     text = str(node.value)
+    if bad := re.search("[\0\ud800-\udfff]", text):  # YAML has neither, but escapes for both
+        raise _error(path, node, f"{key.name} holds {bad[0]!r}, which no name or path can; write what is meant")
     if key.values and text not in key.values:
         raise _error(path, node, f"{key.name} must be {expected}, got {text!r:.60}{_guess(text, key.values)}")
     return text
@@ -277,6 +281,14 @@ def _read_texts(path: Path, node: Any, key: Key) -> tuple[str, ...]:
     if not _is_a(node, "seq") or not node.value:
         raise _error(path, node, f"{key.name} must be a list of texts such as [negative, positive], got {_got(node)}")
     return tuple(_read_text(path, item, key) for item in node.value)
+
+
+def _read_overflow(path: Path, node: Any, key: Key) -> str:
+    text = _read_text(path, node, key)
+    try:
+        return str(make_overflow(text))
+    except InputError as error:
+        raise _error(path, node, str(error)) from error
 
 
 def _read_path(path: Path, node: Any, key: Key) -> Path:
@@ -329,6 +341,7 @@ _READERS: Mapping[str, Callable[[Path, Any, Key], Any]] = {
     "text": _read_text,
     "texts": _read_texts,
     "path": _read_path,
+    "overflow": _read_overflow,
     "count": _read_count,
     "batch sizes": _read_batch_sizes,
     "buckets": _read_buckets,

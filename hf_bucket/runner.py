@@ -5,26 +5,25 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from hf_bucket.artifact import Artifact, open_artifact
 from hf_bucket.assign import Assignment, Cost, assign, cells_cost
-from hf_bucket.batch import Features, PaddedBatch, Row, pad, unpad
-from hf_bucket.encode import Encoder, Side, Text, Truncation, check_texts
+from hf_bucket.batch import Features, PaddedBatch, Row, pad, pool, unpad
+from hf_bucket.encode import Encoder, Text, Truncation, Windows, check_texts, cut, window_places
 from hf_bucket.errors import BucketWarning, InputError, too_long
 from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.overflow import OverflowLike, Side, make_overflow
 from hf_bucket.probes import probe_features, probe_rows
 from hf_bucket.session import Session
-from hf_bucket.session_ort import Engine, EngineOptions, Mode, open_sessions
+from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions
+from hf_bucket.stats import Counts
 from hf_bucket.tasks import Signature
-
-Overflow = Literal["error", "truncate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +32,16 @@ class RunOptions:
 
     Attributes:
         engine: how its sessions are made.
-        overflow: what happens to an input longer than the largest bucket: ``"error"`` or ``"truncate"``.
+        overflow: what happens to an input longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once, smallest first, when the sessions are opened.
     """
 
     engine: EngineOptions = field(default_factory=EngineOptions)
-    overflow: Overflow = "error"
+    overflow: OverflowLike = "error"
     warmup: bool = True
 
     def __post_init__(self) -> None:
-        if self.overflow not in ("error", "truncate"):
-            raise InputError(f'overflow must be "error" or "truncate", got {self.overflow!r}')
+        make_overflow(self.overflow)
 
 
 class Runner:
@@ -55,6 +53,7 @@ class Runner:
         tokenizer_json: content of a ``tokenizer.json`` to use instead of the artifact's.
         cost: what one run of a bucket costs, for choosing among batch sizes.
         engine: makes the sessions.
+        dynamic: makes sessions of any shape, for ``overflow="dynamic"``.
     """
 
     def __init__(
@@ -65,14 +64,17 @@ class Runner:
         tokenizer_json: str | None = None,
         cost: Cost = cells_cost,
         engine: Engine = open_sessions,
+        dynamic: Dynamic = open_dynamic,
     ) -> None:
         self.artifact = artifact
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
         self._cost = cost
-        self._engine = engine
+        self._overflow = make_overflow(self.options.overflow)
+        self._engine, self._dynamic = engine, dynamic
+        self._exact: Callable[[Bucket], Session] | None = None
         self._encoder: Encoder | None = None
-        self._counts = _Counts()
+        self._counts = Counts()
         self._lock = threading.Lock()
         self._sessions: Mapping[Bucket, Session] | None = None
         self._pid = 0
@@ -92,27 +94,31 @@ class Runner:
         return self.run(self.encode(check_texts([texts] if isinstance(texts, str) else texts)))
 
     def run(self, features: Features) -> list[Row]:
-        """Return the outputs of every row of ``features``, padding gone, in their order."""
+        """Return the outputs of every row of ``features``, padding gone, in their order.
+
+        Rows that are windows of one text are pooled into one. A row longer than the largest bucket, which only
+        ``overflow="dynamic"`` lets through, runs alone at its exact length.
+        """
         sessions = self._open()
         results: dict[int, Row] = {}
         batches: list[PaddedBatch] = []
-        for assignment in assign(features.lengths, self.ladder, self._cost):
+        for assignment in assign(features.lengths, self.ladder, self._cost, exact=True):
             batch = pad(features, assignment, self.signature)
-            outputs = sessions[batch.bucket].run(batch.arrays)
-            results.update(unpad(batch, outputs, self.signature))
+            session = sessions.get(batch.bucket) or self._session(batch.bucket)
+            results.update(unpad(batch, session.run(batch.arrays), self.signature))
             batches.append(batch)
-        self._counts.add(batches, features.truncated)
-        return [results[row] for row in range(len(features))]
+        self._counts.add(batches, features)
+        return pool([results[row] for row in range(len(features))], features)
 
     def encode(
         self,
         texts: Sequence[Text],
         *,
         truncation: Truncation | None = None,
-        overflow: Overflow | None = None,
+        overflow: OverflowLike | None = None,
         first_row: int = 0,
     ) -> Features:
-        """Return the tokens of every text, none longer than the largest bucket.
+        """Return the tokens of every text, none longer than the largest bucket unless ``overflow`` is ``"dynamic"``.
 
         Args:
             texts: as ``check_texts`` returns them.
@@ -123,21 +129,25 @@ class Runner:
         Raises:
             TooLongError: a text fits no bucket and may not be cut.
         """
-        largest = self.ladder.max_length
-        cut = truncation
-        may_cut = (overflow or self.options.overflow) == "truncate"
-        if may_cut and (truncation is None or truncation.max_length > largest):
-            cut = replace(truncation or Truncation(max_length=largest, side=self._side), max_length=largest)
-        features = self.encoder(texts, truncation=cut)
-        self._check_lengths(features.lengths, first_row)
-        if cut is not truncation:
+        largest, chosen = self.ladder.max_length, self._overflow if overflow is None else make_overflow(overflow)
+        asked, windows = truncation, None
+        if chosen.policy == "truncate" and (asked is None or asked.max_length > largest):
+            ours = Truncation(max_length=largest, strategy=chosen.strategy, side=chosen.side or self._side)
+            truncation = ours if asked is None else replace(asked, max_length=largest)
+        elif chosen.policy == "window":
+            stride = largest // 8 if chosen.stride is None else chosen.stride
+            windows = Windows(max_length=largest, stride=stride, strategy=chosen.strategy)
+        features = replace(self.encoder(texts, truncation=truncation, windows=windows), pool=chosen.pool)
+        self._check_lengths(features.lengths, first_row, exact=chosen.policy == "dynamic")
+        if truncation is not asked:
             self._warn_once(features.truncated, first_row)
         return features
 
     def fit(self, features: Features) -> Features:
-        """Return token rows of the caller's, each at most as long as the largest bucket.
+        """Return token rows of the caller's, each at most as long as the largest bucket, or any with ``"dynamic"``.
 
-        With ``overflow="truncate"`` a row loses the tokens before its last special tokens, as a single text would.
+        A row of tokens does not tell where a second text begins: it is cut, or seen through windows, as a single text
+        would be, between the special tokens of one.
 
         Raises:
             TooLongError: a row fits no bucket and may not be cut.
@@ -145,20 +155,34 @@ class Runner:
         """
         self._check_ids(features)
         largest = self.ladder.max_length
-        too_many = [row for row, length in enumerate(features.lengths) if length > largest]
-        if not too_many or self.options.overflow == "error":
-            self._check_lengths(features.lengths, 0)
+        chosen = self._overflow
+        too_many = tuple(row for row, length in enumerate(features.lengths) if length > largest)
+        if not too_many or chosen.policy in ("error", "dynamic"):
+            self._check_lengths(features.lengths, 0, exact=chosen.policy == "dynamic")
             return features
-        tail = self.encoder.suffix_length
-        columns = {
-            name: [
-                np.r_[row[: largest - tail], row[len(row) - tail :]] if len(row) > largest else row for row in column
+        head, tail = (len(part) for part in self.encoder.frame)
+        room = largest - head - tail
+        if chosen.policy == "window":
+            stride = largest // 8 if chosen.stride is None else chosen.stride
+            pieces = [window_places(length, head, tail, room, stride) for length in features.lengths]
+        else:
+            side = chosen.side or self._side
+            pieces = [
+                [[*range(head), *cut(range(head, length - tail), room, side), *range(length - tail, length)]]
+                for length in features.lengths
             ]
-            for name, column in features.columns.items()
-        }
-        self._warn_once(too_many, 0)
-        lengths = tuple(min(length, largest) for length in features.lengths)
-        return Features(lengths=lengths, columns=columns, truncated=tuple(too_many))
+            self._warn_once(too_many, 0)
+        places = [(row, keep) for row, kept in enumerate(pieces) for keep in kept]
+        return Features(
+            lengths=tuple(len(keep) for _, keep in places),
+            columns={
+                name: [np.asarray(column[row])[keep] for row, keep in places]
+                for name, column in features.columns.items()
+            },
+            truncated=too_many if chosen.policy == "truncate" else (),
+            owners=tuple(row for row, _ in places) if len(places) > len(pieces) else None,
+            pool=chosen.pool,
+        )
 
     @property
     def ladder(self) -> Ladder:
@@ -191,15 +215,16 @@ class Runner:
         """Return what was run so far.
 
         ``real_tokens`` are tokens of inputs, ``padded_tokens`` the padding computed with them, ``waste`` the share of
-        padding in all computed cells, ``truncated`` the rows that were cut. ``buckets`` has the same per bucket, with
-        ``batches`` run, for every bucket of the ladder.
+        padding in all computed cells, ``truncated`` the rows that were cut, ``windows`` the rows that showed a part of
+        a longer text. ``buckets`` has the same per bucket, with ``batches`` run, for every bucket of the ladder, and
+        ``dynamic`` for rows that ran at their exact length. ``refused`` counts inputs that raised ``TooLongError``.
         """
         return self._counts.report(self.ladder)
 
     def close(self) -> None:
         """Release the sessions' memory; a later call opens them again."""
         with self._lock:
-            sessions, self._sessions = self._sessions, None
+            sessions, self._sessions, self._exact = self._sessions, None, None
         for session in () if sessions is None else sessions.values():
             session.close()
 
@@ -210,6 +235,7 @@ class Runner:
             "tokenizer_json": self._tokenizer_json,
             "cost": self._cost,
             "engine": self._engine,
+            "dynamic": self._dynamic,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -219,13 +245,21 @@ class Runner:
     def _open(self) -> Mapping[Bucket, Session]:
         """Return the sessions; engine threads do not survive a fork, so a child process opens its own."""
         if self._pid != os.getpid():
-            self._lock, self._sessions, self._pid = threading.Lock(), None, os.getpid()
+            self._lock, self._sessions, self._exact, self._pid = threading.Lock(), None, None, os.getpid()
         with self._lock:
             if self._sessions is None:
                 self._sessions = self._engine(self.artifact, self.options.engine)
                 if self.options.warmup:
                     self._warm_up(self._sessions)
             return self._sessions
+
+    def _session(self, bucket: Bucket) -> Session:
+        """Return a session for a shape outside the ladder."""
+        sessions = self._open()
+        with self._lock:
+            if self._exact is None:
+                self._exact = self._dynamic(self.artifact, self.options.engine, sessions)
+            return self._exact(bucket)
 
     def _warm_up(self, sessions: Mapping[Bucket, Session]) -> None:
         """Run every bucket once, on a row that looks like a text: some heads fail without its special tokens."""
@@ -235,11 +269,12 @@ class Runner:
             batch = pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), self.signature)
             sessions[bucket].run(batch.arrays)
 
-    def _check_lengths(self, lengths: Sequence[int], first_row: int) -> None:
-        largest = self.ladder.max_length
+    def _check_lengths(self, lengths: Sequence[int], first_row: int, *, exact: bool = False) -> None:
+        largest, maximum = self.ladder.max_length, self.max_length
         for row, length in enumerate(lengths, first_row):
-            if length > largest:
-                raise too_long(length, largest, maximum=self.max_length, row=row)
+            if length > largest and (not exact or (maximum is not None and length > maximum)):
+                self._counts.refuse()
+                raise too_long(length, largest, maximum=maximum, row=row)
 
     def _check_ids(self, features: Features) -> None:
         size = self.artifact.manifest.vocab_size
@@ -261,50 +296,6 @@ class Runner:
             )
 
 
-class _Counts:
-    """What a runner has run, for ``stats()``."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._batches: dict[Bucket, int] = defaultdict(int)
-        self._rows: dict[Bucket, int] = defaultdict(int)
-        self._tokens: dict[Bucket, int] = defaultdict(int)
-        self._truncated = 0
-        self._warned = False
-
-    def add(self, batches: Sequence[PaddedBatch], truncated: Sequence[int]) -> None:
-        with self._lock:
-            for batch in batches:
-                self._batches[batch.bucket] += 1
-                self._rows[batch.bucket] += len(batch.rows)
-                self._tokens[batch.bucket] += sum(batch.lengths)
-            self._truncated += len(truncated)
-
-    def first_truncation(self) -> bool:
-        with self._lock:
-            first, self._warned = not self._warned, True
-            return first
-
-    def report(self, ladder: Ladder) -> dict[str, Any]:
-        with self._lock:
-            buckets = {
-                bucket.name: {
-                    "batches": self._batches[bucket],
-                    "rows": self._rows[bucket],
-                    **_shares(self._tokens[bucket], self._batches[bucket] * bucket.cells),
-                }
-                for bucket in ladder
-            }
-            real = sum(self._tokens.values())
-            cells = sum(count * bucket.cells for bucket, count in self._batches.items())
-            totals = {"rows": sum(self._rows.values()), **_shares(real, cells), "truncated": self._truncated}
-            return {**totals, "buckets": buckets}
-
-
-def _shares(real: int, cells: int) -> dict[str, float]:
-    return {"real_tokens": real, "padded_tokens": cells - real, "waste": (cells - real) / cells if cells else 0.0}
-
-
 def load(
     artifact_dir: str | os.PathLike[str],
     *,
@@ -312,7 +303,7 @@ def load(
     provider: str = "auto",
     provider_options: Mapping[str, str] | None = None,
     threads: int = 0,
-    overflow: Overflow = "error",
+    overflow: OverflowLike = "error",
     warmup: bool = True,
 ) -> Runner:
     """Return a runner for the artifact in a folder; torch is never imported.
@@ -323,7 +314,7 @@ def load(
         provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
         provider_options: passed to the provider as they are.
         threads: threads one run may use; 0 means every core this process may use.
-        overflow: ``"error"`` or ``"truncate"`` for texts longer than the largest bucket.
+        overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once before returning, smallest first.
 
     Raises:

@@ -49,12 +49,12 @@ class OrtSession:
     """One bucket of an onnxruntime session, which other buckets may share."""
 
     bucket: Bucket
-    _engine: Any
+    engine: Any
     output_names: tuple[str, ...]
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return every output; half-precision logits come back as float32."""
-        outputs = self._engine.run(self.output_names, dict(arrays))
+        outputs = self.engine.run(self.output_names, dict(arrays))
         named = zip(self.output_names, outputs, strict=True)
         return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in named}
 
@@ -76,6 +76,20 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
     return {bucket: OrtSession(bucket, engine, _output_names(artifact)) for bucket in ladder}
 
 
+def open_dynamic(
+    artifact: Artifact, options: EngineOptions, sessions: Mapping[Bucket, Session]
+) -> Callable[[Bucket], Session]:
+    """Return a function that makes a session for a shape outside the ladder, on the graph with free dimensions.
+
+    Args:
+        sessions: those of the ladder; in ``"shared"`` mode they run that graph already, and it is not loaded twice.
+    """
+    shared = next((session for session in sessions.values() if isinstance(session, OrtSession)), None)
+    engine = shared.engine if shared and options.mode == "shared" else open_graph(artifact.path(GRAPH), options)
+    names = _output_names(artifact)
+    return lambda bucket: OrtSession(bucket, engine, names)
+
+
 def open_variant(artifact: Artifact, bucket: Bucket, options: EngineOptions) -> OrtSession:
     """Return a session on the graph specialised for one bucket."""
     return OrtSession(bucket, open_graph(artifact.variant(bucket), options), _output_names(artifact))
@@ -86,6 +100,7 @@ def _output_names(artifact: Artifact) -> tuple[str, ...]:
 
 
 Engine = Callable[[Artifact, EngineOptions], Mapping[Bucket, Session]]
+Dynamic = Callable[[Artifact, EngineOptions, Mapping[Bucket, Session]], Callable[[Bucket], Session]]
 
 
 def open_graph(path: Path, options: EngineOptions) -> Any:

@@ -16,14 +16,14 @@ PACKAGE = Path(hf_bucket.__file__).parent
 # A module imports only from rooms before its own (docs/architecture.md).
 ROOMS = (
     {"errors"},
-    {"ladder", "tasks"},
+    {"ladder", "tasks", "weights"},
     {"families", "overflow"},
     {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
-    {"encode", "session", "graph", "cache", "describe"},
+    {"encode", "session", "graph", "cache", "describe", "stats"},
     {"facts", "probes", "session_ort"},
     {"export", "runner", "systems"},
-    {"compile", "evaluate"},
+    {"compile", "evaluate", "certificate"},
     {"models", "pipelines", "glue"},
     {"predict", "arguments"},
     {"__init__"},

@@ -191,7 +191,7 @@ WRONG = {
     "tagged-mapping": ("!!python/object:os.x {model: x}", r"x\.yaml:1: a recipe is a mapping .* got a value tagged"),
     "wrong-choice": (
         "model: x\noverflow: trunctate",
-        r"x\.yaml:2: overflow must be one of error, truncate, got 'trunctate' \(did you mean truncate\?\)$",
+        r"x\.yaml:2: overflow must be one of error, truncate, window, dynamic, got 'trunctate'; write ",
     ),
     "wrong-task": (
         "model: x\ntask: ner",

@@ -238,7 +238,7 @@ def test_another_tokenizer_can_be_used(artifact) -> None:
 
 
 def test_an_unknown_overflow_lists_the_known_ones(artifact) -> None:
-    with pytest.raises(InputError, match='overflow must be "error" or "truncate", got \'drop\''):
+    with pytest.raises(InputError, match="overflow must be one of error, truncate, window, dynamic, got 'drop'"):
         RunOptions(overflow="drop")  # type: ignore[arg-type]
 
 
