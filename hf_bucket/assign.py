@@ -29,32 +29,39 @@ def cells_cost(bucket: Bucket) -> float:
     return bucket.cells + RUN_OVERHEAD_CELLS
 
 
-def assign(lengths: Sequence[int], ladder: Ladder, cost: Cost = cells_cost, *, exact: bool = False) -> list[Assignment]:
+def assign(
+    lengths: Sequence[int],
+    ladder: Ladder,
+    cost: Cost = cells_cost,
+    *,
+    exact: bool = False,
+    kinds: Sequence[int] | None = None,
+) -> list[Assignment]:
     """Return the batches that run every row once, shortest buckets first.
 
     Args:
         lengths: tokens of every row, special tokens included.
         cost: what one run of a bucket costs, in any unit.
+        kinds: rows of different kinds never share a batch; None makes all alike.
         exact: give a row that is longer than the largest bucket one of its own, outside the ladder.
 
     Raises:
         TooLongError: a row is longer than the largest bucket, and ``exact`` is not set.
     """
-    groups: dict[int, list[int]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     alone: list[Assignment] = []
     holder = [ladder.buckets[0].length] * (ladder.buckets[0].length + 1)
     for length in ladder.lengths:
         holder.extend([length] * (length + 1 - len(holder)))
     for row, length in enumerate(lengths):
         if length <= ladder.max_length:
-            groups[holder[length]].append(row)
+            groups[holder[length], kinds[row] if kinds else 0].append(row)
         elif exact:
             alone.append(Assignment(bucket=Bucket(batch_size=1, extent=(length,)), rows=(row,)))
         else:
             raise too_long(length, ladder.max_length, maximum=None, row=row)
     assignments: list[Assignment] = []
-    for length in sorted(groups):
-        rows = groups[length]
+    for (length, _), rows in sorted(groups.items()):
         start = 0
         for bucket in cover(len(rows), ladder.of_length(length), cost):
             assignments.append(Assignment(bucket=bucket, rows=tuple(rows[start : start + bucket.batch_size])))

@@ -176,10 +176,10 @@ def _graph_job(files: Files, source: Source, task: Task) -> _Job:
     def make(target: Path, report: Report) -> Exported:
         report(f"reading {graph}")
         model = load_graph(graph)
-        signature = adopt(model, task, facts.pad_ids, padding_side=facts.padding_side)
+        signature = adopt(model, task, facts.pad_ids, padding_side=facts.padding_side, counted_id=facts.counted_id)
         save_graph(model, target / GRAPH)
         link_files([path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")], target)
-        rows = probe_rows(encoder, facts.max_length, facts.vocab_size, min_length=facts.min_length)
+        rows = probe_rows(encoder, facts.max_length, facts.vocab_size)
         engine = open_graph(target / GRAPH, EngineOptions())
         return Exported(signature=signature, probes=tuple(_graph_probe(engine, signature, row) for row in rows))
 
@@ -284,7 +284,7 @@ def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
     for bucket in manifest.ladder:
         specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
     draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
-    final = replace(draft.manifest, validation=check_buckets(draft))
+    final = replace(draft.manifest, validation=check_buckets(draft), certificates=())
     (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
 
 

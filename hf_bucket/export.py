@@ -15,7 +15,7 @@ from hf_bucket.artifact import GRAPH
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ExportError, ModelError, PaddingLeakError, missing_part
 from hf_bucket.facts import Facts, check_vocabulary
-from hf_bucket.families import family_of, text_part, true_max_length
+from hf_bucket.families import counted_id, family_of, text_part, true_max_length
 from hf_bucket.graph import adopt, save_graph
 from hf_bucket.probes import ATOL, Probe, probe_rows, tolerance
 from hf_bucket.tasks import PaddingSide, Signature, Task
@@ -78,7 +78,7 @@ def read_checkpoint(folder: Path, task: Task, *, trust_remote_code: bool) -> Che
         problem_type=config.problem_type,
         pad_ids={name: _pad_id(task.pad_ids[name], tokenizer) for name in names},
         padding_side=family_of(written).padding_side,
-        min_length=family_of(written).min_length,
+        counted_id=counted_id(written),
     )
     check_vocabulary(encoder, facts)
     return Checkpoint(
@@ -126,7 +126,7 @@ def export(
     with quiet(verbose):
         model = _load_model(checkpoint, task, dtype)
         facts, names = checkpoint.facts, _accepted(model, checkpoint.facts.pad_ids)
-        rows = probe_rows(checkpoint.encoder, facts.max_length, facts.vocab_size, min_length=facts.min_length)
+        rows = probe_rows(checkpoint.encoder, facts.max_length, facts.vocab_size)
         probes = tuple(Probe(input_ids=row, logits=_torch_logits(model, [row], names, facts)[0]) for row in rows)
         leak = _padding_leak(model, probes, names, facts, ATOL[dtype])
         if leak is not None and not allow_padding_leak:
@@ -137,7 +137,7 @@ def export(
             )
         graph = _trace(model, names, checkpoint)
         pad_ids = {name: facts.pad_ids[name] for name in names}
-        signature = adopt(graph, task, pad_ids, padding_side=facts.padding_side)
+        signature = adopt(graph, task, pad_ids, padding_side=facts.padding_side, counted_id=facts.counted_id)
         missing = [name for name in names if name not in signature.input_names]
         if "attention_mask" in missing or "input_ids" in missing:
             raise ExportError(f"the exported graph does not take {missing}, so padding could not be told from tokens")
@@ -209,8 +209,15 @@ def _torch_logits(
     """Return torch's answers for rows in one batch, padded to its longest or to ``longest`` tokens."""
     import torch
 
-    with torch.inference_mode():
-        logits = model(**_inputs(rows, names, facts, longest)).logits
+    inputs = _inputs(rows, names, facts, longest)
+    try:
+        with torch.inference_mode():
+            logits = model(**inputs).logits
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ExportError(
+            f"torch itself fails on {len(rows)} rows of {inputs['input_ids'].shape[1]} tokens with "
+            f"{type(model).__name__}: {_first_line(error)}; this model cannot be compared, so it cannot be bucketed"
+        ) from error
     return tuple(tuple(float(value) for value in row) for row in logits.float())
 
 
@@ -245,11 +252,14 @@ def _trace(model: Any, names: Sequence[str], checkpoint: Checkpoint) -> Any:
     try:
         return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic_shapes=free)).program
     except Exception as error:  # torch.export, torch.onnx and onnxscript each raise their own
-        reason = str(error).strip().splitlines()
         raise ExportError(
             f"{type(model).__name__} cannot be exported with free dimensions: {type(error).__name__}: "
-            f"{reason[0] if reason else ''}; see the chained error, or pass verbose=True"
+            f"{_first_line(error)}; run it in transformers, or bring a graph of your own (docs/extending.md)"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 @contextlib.contextmanager

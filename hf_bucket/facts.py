@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ModelError
-from hf_bucket.families import family_of, text_part, true_max_length
+from hf_bucket.families import counted_id, family_of, text_part, true_max_length
 from hf_bucket.tasks import PaddingSide, Task
 
 
@@ -25,7 +25,7 @@ class Facts:
         problem_type: as in transformers' config.
         pad_ids: value of a padding token, for every input the model takes.
         padding_side: where padding tokens go.
-        min_length: fewest tokens the model takes.
+        counted_id: as in ``Signature``.
     """
 
     max_length: int | None
@@ -34,7 +34,7 @@ class Facts:
     problem_type: str | None
     pad_ids: Mapping[str, int]
     padding_side: PaddingSide = "right"
-    min_length: int = 1
+    counted_id: int | None = None
 
 
 def check_vocabulary(encoder: Encoder, facts: Facts) -> None:
@@ -74,7 +74,7 @@ def read_facts(folder: Path, task: Task, encoder: Encoder) -> Facts:
         problem_type=config.get("problem_type"),
         pad_ids={name: rule if isinstance(rule, int) else special[rule] for name, rule in task.pad_ids.items()},
         padding_side=family.padding_side,
-        min_length=family.min_length,
+        counted_id=counted_id(config),
     )
 
 

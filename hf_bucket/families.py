@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,13 +22,26 @@ class Family:
             ones, whatever number the configuration carries.
         padding_side: where padding tokens go. Heads that read the last position, or states that run from left to right
             without looking at the mask, need them on the left.
-        min_length: fewest tokens torch itself takes.
+        reads_eos: the head reads the last end-of-sequence token, and finds it by cutting a batch into equal parts: rows
+            with different numbers of them must not share one.
+        limit: most tokens for which the model computes what its graph does; None where there is no such bound.
     """
 
     model_types: tuple[str, ...] = ()
     positions: Positions = "counted"
     padding_side: PaddingSide = "right"
-    min_length: int = 1
+    reads_eos: bool = False
+    limit: Callable[[Mapping[str, object]], int | None] | None = None
+
+
+def _full_attention_tokens(config: Mapping[str, object]) -> int | None:
+    """Return how long a row may be before BigBird goes over to sparse attention, by its padded length.
+
+    Source: ``BigBirdModel.forward`` in transformers, ``max_tokens_to_attend``.
+    """
+    random, size = config.get("num_random_blocks"), config.get("block_size")
+    sparse = config.get("attention_type") == "block_sparse"
+    return (5 + 2 * random) * size if sparse and isinstance(random, int) and isinstance(size, int) else None
 
 
 FAMILIES = (
@@ -39,6 +52,7 @@ FAMILIES = (
             "data2vec-text",
             "esm",
             "ibert",
+            "layoutlmv3",
             "lilt",
             "longformer",
             "luke",
@@ -52,7 +66,11 @@ FAMILIES = (
         ),
         positions="after padding",
     ),
-    Family(model_types=("bloom", "mpt", "mt5", "t5", "umt5"), positions="unlimited"),
+    Family(model_types=("bloom",), positions="unlimited"),
+    Family(model_types=("mt5", "t5", "umt5"), positions="unlimited", reads_eos=True),
+    Family(model_types=("bart", "mbart", "mvp", "plbart"), reads_eos=True),
+    Family(model_types=("big_bird",), limit=_full_attention_tokens),
+    Family(model_types=("bigbird_pegasus",), limit=_full_attention_tokens, reads_eos=True),
     Family(model_types=("xlnet",), positions="unlimited", padding_side="left"),
 )
 
@@ -81,9 +99,16 @@ def true_max_length(config: Mapping[str, object]) -> int | None:
     """
     text, family = text_part(config), family_of(config)
     limits = [value for key in _POSITION_KEYS if isinstance(value := text.get(key), int) and value > 0]
+    bound = None if family.limit is None else family.limit(text)
     if family.positions == "unlimited" or not limits:
-        return None
+        return bound
     padding = text.get("pad_token_id")
     if family.positions == "after padding":
-        return limits[0] - (padding if isinstance(padding, int) else 1) - 1
-    return limits[0]
+        limits[0] -= (padding if isinstance(padding, int) else 1) + 1
+    return limits[0] if bound is None else min(limits[0], bound)
+
+
+def counted_id(config: Mapping[str, object]) -> int | None:
+    """Return the token of which all rows of a batch must have equally many; None for nearly all models."""
+    eos = text_part(config).get("eos_token_id")
+    return eos if family_of(config).reads_eos and isinstance(eos, int) else None

@@ -43,7 +43,6 @@ def probe_rows(
     max_length: int | None,
     vocab_size: int | None,
     *,
-    min_length: int = 1,
     lengths: Sequence[int] | None = None,
 ) -> list[tuple[int, ...]]:
     """Return rows of random ordinary tokens between the special tokens of a single text.
@@ -51,11 +50,10 @@ def probe_rows(
     Args:
         max_length: no row is longer.
         vocab_size: ids are below it.
-        min_length: no row is shorter.
         lengths: tokens of each row; None takes ``PROBE_LENGTHS`` that fit, and the maximum itself where it is short.
     """
     head, tail = encoder.frame
-    least = max(min_length, len(head) + len(tail))
+    least = max(1, len(head) + len(tail))
     limit = _LONGEST_PROBE if max_length is None else max_length
     chosen = sorted({*PROBE_LENGTHS, min(limit, _LONGEST_PROBE)}) if lengths is None else lengths
     generator = np.random.default_rng(0)

@@ -102,7 +102,7 @@ class Runner:
         sessions = self._open()
         results: dict[int, Row] = {}
         batches: list[PaddedBatch] = []
-        for assignment in assign(features.lengths, self.ladder, self._cost, exact=True):
+        for assignment in assign(features.lengths, self.ladder, self._cost, exact=True, kinds=self._kinds(features)):
             batch = pad(features, assignment, self.signature)
             session = sessions.get(batch.bucket) or self._session(batch.bucket)
             results.update(unpad(batch, session.run(batch.arrays), self.signature))
@@ -285,6 +285,19 @@ class Runner:
                     f"input {row} has token id {low if low < 0 else high}, this model's vocabulary is 0 to "
                     f"{'' if size is None else size - 1}; use the tokenizer that came with the model"
                 )
+
+    def _kinds(self, features: Features) -> list[int] | None:
+        """Return how many of the token that the head looks for every row has; None for a head that looks for none."""
+        wanted = self.signature.counted_id
+        if wanted is None:
+            return None
+        counts = [int(np.count_nonzero(np.asarray(ids) == wanted)) for ids in features.columns["input_ids"]]
+        if 0 in counts:
+            raise InputError(
+                f"input {counts.index(0)} has no token {wanted}, the end of sequence that this model's head reads; use "
+                f"the tokenizer that came with the model"
+            )
+        return counts
 
     def _warn_once(self, truncated: Sequence[int], first_row: int) -> None:
         if truncated and self._counts.first_truncation():

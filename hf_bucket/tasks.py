@@ -84,11 +84,18 @@ class OutputSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """What a graph takes and returns, and the side its rows are padded on; padding and un-padding read nothing else."""
+    """What a graph takes and returns; padding and un-padding read nothing else.
+
+    Attributes:
+        padding_side: where padding tokens go.
+        counted_id: a token of which all rows of a batch must have equally many, and at least one; None for nearly all
+            models.
+    """
 
     inputs: tuple[InputSpec, ...]
     outputs: tuple[OutputSpec, ...]
     padding_side: PaddingSide = "right"
+    counted_id: int | None = None
 
     @property
     def input_names(self) -> tuple[str, ...]:
