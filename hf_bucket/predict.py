@@ -49,7 +49,7 @@ def predict(
 
     A line is the record's fields as they were (of JSONL character by character), then ``label`` and ``score``, or with
     ``top_k`` ``labels``: ``[{"label", "score"}, ...]``, best first. A row that cannot be classified (a malformed line,
-    no text, a lone surrogate, too long a text that may not be cut, scores that are no numbers) has ``line`` and
+    no text, a lone surrogate, too long a text that may not be cut, logits that are no numbers) has ``line`` and
     ``error`` instead. A name of ours that the row has already gets ``predicted_`` before it, as often as it takes. What
     JSON cannot say (dates, bytes, NaN) becomes its ``str()``.
 
@@ -129,14 +129,7 @@ def _classify(
         for half in halves:
             found.update(_classify(classify, {row: texts[row] for row in half}, top_k))
         return found
-    return {row: _result(labels, top_k) for row, labels in zip(texts, answers, strict=True)}
-
-
-def _result(labels: Sequence[Mapping[str, Any]], top_k: int | None) -> Mapping[str, Any]:
-    strange = next((label["score"] for label in labels if not math.isfinite(label["score"])), None)
-    if strange is not None:
-        return {"error": f"the model gave the score {strange}, which is no number; check the model with this text"}
-    return labels[0] if top_k is None else {"labels": labels}
+    return {row: labels[0] if top_k is None else {"labels": labels} for row, labels in zip(texts, answers, strict=True)}
 
 
 class LineWriter:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_bucket.artifact import Artifact, open_artifact
 from hf_bucket.assign import Assignment, Cost, assign, cells_cost
-from hf_bucket.batch import Features, PaddedBatch, Row, pad, pool, unpad
+from hf_bucket.batch import Array, Features, PaddedBatch, Row, pad, pool, unpad
 from hf_bucket.encode import Encoder, Text, Truncation, Windows, check_texts, cut, window_places
 from hf_bucket.errors import BucketWarning, InputError, too_long
 from hf_bucket.ladder import Bucket, Ladder
@@ -105,7 +105,9 @@ class Runner:
         for assignment in assign(features.lengths, self.ladder, self._cost, exact=True, kinds=self._kinds(features)):
             batch = pad(features, assignment, self.signature)
             session = sessions.get(batch.bucket) or self._session(batch.bucket)
-            results.update(unpad(batch, session.run(batch.arrays), self.signature))
+            outputs = session.run(batch.arrays)
+            _check_finite(batch, outputs, features)
+            results.update(unpad(batch, outputs, self.signature))
             batches.append(batch)
         self._counts.add(batches, features)
         return pool([results[row] for row in range(len(features))], features)
@@ -306,6 +308,19 @@ class Runner:
                 f'later cuts are counted in stats()["truncated"] without a warning',
                 BucketWarning,
                 stacklevel=4,
+            )
+
+
+def _check_finite(batch: PaddedBatch, outputs: Mapping[str, Array], features: Features) -> None:
+    """Raise an InputError if a real row of any output holds a number that is none."""
+    for name, array in outputs.items():
+        if not np.isfinite(array[: len(batch.rows)]).all():
+            place = int(np.argmin([np.isfinite(row).all() for row in array[: len(batch.rows)]]))
+            row = batch.rows[place]
+            row = row if features.owners is None else features.owners[row]
+            raise InputError(
+                f"input {row} got {name} that are not finite from bucket {batch.bucket.name}; look whether torch gives "
+                f"numbers for it, and compile in float32 if it does"
             )
 
 

@@ -249,3 +249,18 @@ def test_loading_a_folder_that_is_no_artifact_says_what_is_missing(tmp_path: Pat
 
 def test_a_bucket_knows_its_rows(runner: Runner) -> None:
     assert Bucket(batch_size=4, extent=(16,)) in runner.ladder
+
+
+def test_logits_that_are_not_finite_name_the_bucket_and_the_input(artifact) -> None:
+    class InfiniteSession(FakeSession):
+        def run(self, arrays):
+            logits = super().run(arrays)["logits"]
+            return {"logits": np.where(logits[:, 1:] == 5, np.float32("inf"), logits)}
+
+    runner = Runner(
+        artifact,
+        engine=lambda artifact, options: {bucket: InfiniteSession(bucket) for bucket in artifact.manifest.ladder},
+    )
+    with pytest.raises(InputError, match=r"input 2 got logits that are not finite from bucket b\d+_s\d+; look whether"):
+        runner(["w1", "w2", text_of(3)])
+    assert len(runner(["w1", text_of(4)])) == 2
