@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 JOBS ?= 2
+RUNS ?= 20000
+TARGETS ?= manifest recipe data path
 BIN = $(VENV)/bin
 REVIEWS = hf_bucket/default/reviews.jsonl
 LADDER = --buckets auto --n-buckets 6
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo install test house lint types check bench-overhead clean
+.PHONY: help demo install test house lint types check fuzz architectures bench-overhead clean
 
 help:
 	@echo "make demo            compile the bundled model, compare it with torch, draw the charts (in $(DEMO)/)"
@@ -18,6 +20,8 @@ help:
 	@echo "make lint            ruff: lint and format"
 	@echo "make types           mypy --strict on the package"
 	@echo "make check           lint, types and test, as continuous integration does"
+	@echo "make fuzz            atheris on the readers and on the path from text to result (RUNS=$(RUNS) of each)"
+	@echo "make architectures   every model type of transformers, compared with torch (an hour or two; resumes)"
 	@echo "make bench-overhead  what routing and padding cost (needs a model: MODEL=, DATA=)"
 	@echo "make clean           remove the virtual environment and caches"
 
@@ -62,6 +66,21 @@ types: install
 	$(BIN)/mypy
 
 check: lint types test
+
+$(VENV)/.fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
+	touch $@
+
+fuzz: $(VENV)/.fuzz  ## what is found lies in build/fuzz/<target>/crash-*
+	@mkdir -p build/fuzz
+	@for target in $(TARGETS); do \
+		log=build/fuzz/$$target.log; \
+		$(BIN)/python fuzz/fuzz_$$target.py -runs=$(RUNS) > $$log 2>&1 || { tail -n 40 $$log; exit 1; }; \
+		printf '%-9s' $$target; grep 'DONE' $$log; \
+	done
+
+architectures: install
+	$(BIN)/python scripts/architectures.py --jobs $(JOBS)
 
 bench-overhead: install
 	$(BIN)/python benchmarks/overhead.py --model $(MODEL) --data-dir $(DATA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 import filelock
 from huggingface_hub import constants
 
-from hf_bucket.artifact import Artifact, hash_file, is_artifact, open_artifact, write_folder
+from hf_bucket.artifact import Artifact, hash_file, is_artifact, open_artifact, remove_leftovers, write_folder
 from hf_bucket.errors import ArtifactError, BucketError, BucketWarning
 from hf_bucket.ladder import Ladder
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION
@@ -31,6 +32,7 @@ _MODEL_FILES = (
     "*.onnx.data",
     "*.onnx_data",
 )
+_KEY = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")  # of a model: the name of its folder
 
 
 def cache_root() -> Path:
@@ -51,6 +53,7 @@ def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact
                     return open_artifact(target)
                 except ArtifactError as error:
                     warnings.warn(f"compiling again: {error}", BucketWarning, stacklevel=2)
+            _remove_leftovers()
             write_folder(target, fill)
             return open_artifact(target)
     except BucketError:
@@ -62,10 +65,42 @@ def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact
             BucketWarning,
             stacklevel=2,
         )
-    folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_folder(folder / name, fill)
+    return _without_cache(name, fill)
+
+
+def _without_cache(name: str, fill: Callable[[Path], None]) -> Artifact:
+    """Return an artifact that lasts as long as the process."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
+        atexit.register(_remove_own, folder, os.getpid())
+        write_folder(folder / name, fill)
+    except BucketError:
+        raise
+    except OSError as error:
+        raise ArtifactError(
+            f"neither the cache {cache_root()} nor {tempfile.gettempdir()} can hold the compiled model ({error}); free "
+            f"some space, or set HF_BUCKET_CACHE to a folder that has it"
+        ) from error
     return open_artifact(folder / name)
+
+
+def _remove_own(folder: Path, pid: int) -> None:
+    """Remove a folder at exit of the process that made it; a forked child that exits leaves it alone."""
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Remove what writers that were killed left anywhere in the cache."""
+    for folder in cache_root().iterdir():
+        if folder.is_dir():
+            remove_leftovers(folder)
+
+
+def _whole_entries(pattern: str, root: Path) -> list[Path]:
+    """Return the folders with a manifest; hidden ones are still being written, or were when their writer was killed."""
+    found = sorted(path.parent for path in root.glob(f"{pattern}/{MANIFEST}"))
+    return [folder for folder in found if not folder.name.startswith(".")]
 
 
 def model_key(folder: Path, options: Sequence[str]) -> str:
@@ -80,9 +115,9 @@ def model_key(folder: Path, options: Sequence[str]) -> str:
 def any_ladder(key: str) -> Artifact | None:
     """Return an artifact of the model with this key, whatever its ladder; None if the cache has none."""
     folder = cache_root() / key
-    for candidate in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else ():
+    for candidate in _whole_entries("*", folder):
         try:
-            return open_artifact(candidate.parent)
+            return open_artifact(candidate)
         except ArtifactError as error:
             warnings.warn(f"ignoring a damaged cache entry: {error}", BucketWarning, stacklevel=2)
     return None
@@ -107,7 +142,7 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Return what the cache holds, every file checked."""
-    return [_entry(path.parent) for path in sorted(cache_root().glob(f"*/*/{MANIFEST}"))]
+    return [_entry(folder) for folder in _whole_entries("*/*", cache_root())]
 
 
 def _entry(folder: Path) -> Entry:
@@ -120,12 +155,14 @@ def _entry(folder: Path) -> Entry:
 
 
 def clear() -> int:
-    """Remove every compiled model from the cache and return how many there were.
+    """Remove every compiled model from the cache, with what killed writers left, and return how many models there were.
 
     Raises:
         OSError: a folder cannot be removed.
     """
-    found = sorted(cache_root().glob(f"*/*/{MANIFEST}"))
-    for folder in {path.parent.parent for path in found}:
+    root = cache_root()
+    found = _whole_entries("*/*", root)
+    models = [folder for folder in root.iterdir() if _KEY.fullmatch(folder.name)] if root.is_dir() else []
+    for folder in {*(entry.parent for entry in found), *models}:
         shutil.rmtree(folder)
     return len(found)

@@ -18,6 +18,8 @@ from hf_bucket.errors import BucketError
 
 if TYPE_CHECKING:
     from hf_bucket.artifact import Artifact
+    from hf_bucket.certificate import TextFile
+    from hf_bucket.manifest import Certificate
     from hf_bucket.source import Source
 
 T = TypeVar("T")
@@ -138,12 +140,72 @@ def _print_artifact(artifact: Artifact, options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> int:
     from hf_bucket.artifact import open_artifact
-    from hf_bucket.compile import check_buckets
-    from hf_bucket.describe import describe_checks
+    from hf_bucket.certificate import certify, probe_evidence, shared_graph, text_evidence, variants
+    from hf_bucket.describe import describe_certificates, describe_failure
 
-    checks = check_buckets(open_artifact(options.artifact))
-    print(json.dumps([asdict(check) for check in checks], indent=2) if options.json else describe_checks(checks))
-    return 0
+    texts = _validated_texts(options)
+    artifact = open_artifact(options.artifact)
+    if texts is None:
+        evidence, opens = probe_evidence(artifact), [variants(artifact), shared_graph(artifact)]
+        found = certify(artifact.manifest, evidence, opens, atol=options.atol)
+    else:
+        evidence = text_evidence(artifact, texts, checkpoint=options.checkpoint, report=say, watch=_watch)
+        found = certify(artifact.manifest, evidence, [variants(artifact)], atol=options.atol, watch=_watch)
+    stored = _store(artifact, found)
+    failed = [certificate for certificate in found if not certificate.passed]
+    skipped = {"too_long": evidence.too_long, "empty": evidence.empty}
+    if options.json:
+        rows = [{**asdict(certificate), "passed": certificate.passed} for certificate in found]
+        summary = {"passed": not failed, "stored": stored, "rows": len(evidence.expected), **skipped}
+        print(json.dumps({"folder": str(artifact.folder), **summary, "certificates": rows}, indent=2))
+    else:
+        print(describe_certificates(found))
+    if any(skipped.values()):
+        longest = artifact.manifest.ladder.max_length
+        say(
+            f"skipped {evidence.too_long} rows longer than the largest bucket, {longest} tokens, and {evidence.empty} "
+            f"without a token"
+        )
+    for certificate in failed:
+        say(f"FAILED: {describe_failure(certificate)}")
+    return 1 if failed else 0
+
+
+def _validated_texts(options: argparse.Namespace) -> TextFile | None:
+    """Return the texts of ``--data``, and None where there is none."""
+    from hf_bucket.certificate import open_texts
+
+    if options.data is not None:
+        columns = {"column": options.column, "pair_column": options.pair_column}
+        return open_texts(options.data, kind=options.kind, limit=options.limit, **columns)
+    for name in ("kind", "column", "pair_column", "limit", "checkpoint"):
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            options.usage_error(f"{option} needs --data; without it the artifact's probes run, answers included")
+    return None
+
+
+def _store(artifact: Artifact, certificates: Sequence[Certificate]) -> bool:
+    """Write certificates into the artifact's manifest; where that cannot be done, say so and return False."""
+    from hf_bucket.certificate import store
+
+    try:
+        store(artifact, certificates)
+    except OSError as error:
+        say(f"the certificates are not stored, {artifact.folder} keeps its old manifest: {error}")
+        return False
+    return True
+
+
+def _watch(rows: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """Show rows going by: a bar with the time left on a terminal, one line elsewhere."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        bar: Iterable[T] = tqdm(rows, desc=what, total=total, unit=" rows", file=sys.stderr)
+        return bar
+    say(f"{what}: {total} rows")
+    return rows
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ SUFFIXES: Mapping[str, str] = MappingProxyType({**_OF_LINES, ".parquet": "parque
 KINDS = tuple(dict.fromkeys(SUFFIXES.values()))
 
 _RECORD_BYTES = 1 << 20  # of one CSV record of several lines; a quote that is open for longer was never meant to be one
+_MOST_DIGITS = 100  # of a length in a file of texts; Python itself refuses to read a number of some thousands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +136,8 @@ def read_column(
     source = _source(path, kind)
     values = _planned(read_records(path, kind=kind), source.name, column, pair_column)
     if source.kind in ("text", "csv") and pair_column is None:
-        filled = [value for value in values if value.strip()]
-        if filled and all(value.isascii() and value.strip().isdecimal() for value in filled):
+        filled = [value.strip() for value in values if value.strip()]
+        if filled and all(value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS for value in filled):
             return [int(value) for value in filled]
     return values
 

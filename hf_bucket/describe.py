@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hf_bucket.artifact import WEIGHTS, Artifact
-from hf_bucket.manifest import Validation
+from hf_bucket.manifest import Certificate, Validation
 
 
 def describe_artifact(artifact: Artifact) -> str:
-    """Return what an artifact holds, in some lines: source, labels, sizes, and how every bucket compared."""
+    """Return what an artifact holds, in some lines: source, labels, sizes, how every bucket compared, certificates."""
     manifest = artifact.manifest
     total = sum(record.size for record in manifest.files.values())
     weights = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
@@ -25,7 +25,10 @@ def describe_artifact(artifact: Artifact) -> str:
     ]
     if manifest.padding_leak is not None:
         lines.append(f"LEAKS     padding moves this model's logits by up to {manifest.padding_leak:.2g}, in torch too")
-    return "\n".join([*lines, "", describe_checks(manifest.validation)])
+    tables = [describe_checks(manifest.validation)]
+    if manifest.certificates:
+        tables.append(describe_certificates(manifest.certificates))
+    return "\n\n".join(["\n".join(lines), *tables])
 
 
 def describe_checks(checks: Sequence[Validation]) -> str:
@@ -34,6 +37,34 @@ def describe_checks(checks: Sequence[Validation]) -> str:
     for check in checks:
         rows.append((check.bucket, str(check.n), check.reference, f"{check.max_abs_delta:.1e}", str(check.label_flips)))
     return "\n".join(_aligned(rows))
+
+
+def describe_certificates(certificates: Sequence[Certificate]) -> str:
+    """Return a table with a line per certificate; one that did not pass says FAILED."""
+    rows = [("certificate", "precision", "data", "rows", "with", "max |delta logit|", "p99", "label flips", "verdict")]
+    for found in certificates:
+        figures = (f"{found.max_abs_delta:.1e}", f"{found.p99_abs_delta:.1e}", str(found.label_flips))
+        rows.append(
+            (found.bucket, found.precision, found.data, str(found.n), found.reference, *figures, _verdict(found))
+        )
+    return "\n".join(_aligned(rows))
+
+
+def _verdict(found: Certificate) -> str:
+    if not found.passed:
+        return "FAILED"
+    if found.n == 0:
+        return "no rows"
+    return "not judged" if found.allowed is None else f"ok, allowed {found.allowed:.1e}"
+
+
+def describe_failure(failed: Certificate) -> str:
+    """Return one line that says how a certificate failed, with its figures; ``failed.allowed`` is a number."""
+    return (
+        f"bucket {failed.bucket} ({failed.precision}) does not give the {failed.reference} answer on {failed.data}: a "
+        f"logit differs by up to {failed.max_abs_delta:.2g} (p99 {failed.p99_abs_delta:.2g}), allowed is "
+        f"{failed.allowed:.2g}; {failed.label_flips} of {failed.n} rows change their label"
+    )
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:

@@ -95,3 +95,16 @@ def too_long(length: int, largest: int, *, maximum: int | None, row: int | None 
         return TooLongError(f'{got} and this model\'s maximum is {maximum}; pass overflow="truncate" or shorten it')
     limit = "" if maximum is None else f" (this model's maximum is {maximum})"
     return TooLongError(f'{got}; pass overflow="truncate", or add a bucket of length >= {length}{limit}')
+
+
+def not_finite(bucket: str, where: str = "") -> ModelError:
+    """Return the error for logits that are infinite or not numbers.
+
+    Args:
+        bucket: name of the bucket that returned them.
+        where: the input they belong to, such as ``", line 7"``.
+    """
+    return ModelError(
+        f"bucket {bucket} returns logits that are not finite{where}; the model's weights are damaged, or its numbers "
+        f"leave the range of its precision: compile it again from a checkpoint that works, in float32"
+    )

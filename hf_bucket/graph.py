@@ -6,7 +6,7 @@ import logging
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from hf_bucket.artifact import WEIGHTS
 from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
 from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature, Task
+from hf_bucket.weights import check_external_data
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,16 +45,25 @@ def load_graph(path: Path) -> ir.Model:
 
     Raises:
         ExportError: not an ONNX file.
+        ArtifactError: it takes weights from outside its folder.
     """
     onnx_ir, _ = _libraries()
     try:
         model: ir.Model = onnx_ir.load(path)
     except Exception as error:  # protobuf, onnx_ir and the file system each raise their own
         raise ExportError(f"{path} cannot be read as ONNX ({error}); export the model again") from error
+    check_external_data(path)
     return model
 
 
-def adopt(model: ir.Model, task: Task, pad_ids: Mapping[str, int], *, padding_side: PaddingSide = "right") -> Signature:
+def adopt(
+    model: ir.Model,
+    task: Task,
+    pad_ids: Mapping[str, int],
+    *,
+    padding_side: PaddingSide = "right",
+    counted_id: int | None = None,
+) -> Signature:
     """Name the free dimensions ``batch`` and ``length``, drop what exporters leave behind, and return the signature.
 
     Args:
@@ -77,7 +87,7 @@ def adopt(model: ir.Model, task: Task, pad_ids: Mapping[str, int], *, padding_si
         value.shape = onnx_ir.Shape([BATCH, LENGTH])
     for value, spec in zip(kept, outputs, strict=True):
         value.shape = onnx_ir.Shape(_output_shape(value, spec, BATCH, LENGTH))
-    return Signature(inputs=inputs, outputs=outputs, padding_side=padding_side)
+    return Signature(inputs=inputs, outputs=outputs, padding_side=padding_side, counted_id=counted_id)
 
 
 def _input_spec(value: ir.Value, task: Task, pad_ids: Mapping[str, int]) -> InputSpec:
@@ -141,7 +151,25 @@ def _strip(model: ir.Model) -> None:
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write a graph, and its weights into ``model.onnx.data`` beside it."""
     onnx_ir, _ = _libraries()
+    _map_linked(model)
     onnx_ir.save(model, path, external_data=WEIGHTS)
+
+
+def _map_linked(model: ir.Model) -> None:
+    """Let weights in linked files, which onnx_ir refuses to read, be read: the Hub's cache consists of such links."""
+    onnx_ir, _ = _libraries()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, onnx_ir.ExternalTensor):
+            continue
+        path = Path(tensor.path)
+        if not path.is_symlink() and path.stat().st_nlink == 1:
+            continue
+        dtype, shape, offset = tensor.dtype.numpy(), tensor.shape.numpy(), tensor.offset or 0
+        content: np.ndarray[Any, Any] = np.zeros(shape, dtype=dtype)  # of no bytes nothing can be mapped
+        if tensor.size:
+            content = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+        value.const_value = onnx_ir.Tensor(content, name=tensor.name)
 
 
 def specialise(graph: Path, bucket: Bucket, signature: Signature, target: Path) -> None:

@@ -11,6 +11,7 @@ from math import prod
 from hf_bucket.errors import LadderError, too_long
 
 DEFAULT_BATCH_SIZES = (1, 8)
+LONGEST = 2**20  # tokens: above it a length is a mistake, such as a tokenizer's 1e30 for "no limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class Bucket:
         extent: size of every other free axis: ``(length,)`` in tokens for text, ``(height, width)`` for images.
 
     Raises:
-        LadderError: a size is not a whole number of at least 1.
+        LadderError: a size is not a whole number of at least 1, or the extent has one above ``LONGEST``.
     """
 
     batch_size: int
@@ -32,7 +33,10 @@ class Bucket:
         if not isinstance(self.extent, Sequence) or not self.extent:
             raise LadderError(f"a bucket needs an extent such as (64,), got {self.extent!r}")
         object.__setattr__(self, "batch_size", _size(self.batch_size, "a batch size"))
-        object.__setattr__(self, "extent", tuple(_size(size, "a bucket's length") for size in self.extent))
+        extent = tuple(_size(size, "a bucket's length") for size in self.extent)
+        if max(extent) > LONGEST:
+            raise LadderError(f"a bucket's length must be at most {LONGEST:,}, got {max(extent)}; drop the bucket")
+        object.__setattr__(self, "extent", extent)
 
     @property
     def length(self) -> int:

@@ -47,6 +47,39 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """How one bucket compared with the reference on rows of the user's, or on the probes.
+
+    Attributes:
+        bucket: the bucket's name.
+        precision: dtype of the weights that ran.
+        reference: ``"torch"``, unpadded and one row at a time; ``"onnx"``, the source graph at the exact length; or
+            ``"bucket"``, the one that each text would otherwise use.
+        data: name of the data file without its folder, or ``"probes"``.
+        n: rows compared: all that the bucket holds.
+        max_abs_delta: largest difference of a logit.
+        p99_abs_delta: 99 of 100 rows differ by no more than this in any logit; exact, by nearest rank.
+        label_flips: rows whose largest logit was another label's.
+        allowed: largest difference that passes, and no flip does; None where the figures are not judged.
+    """
+
+    bucket: str
+    precision: str
+    reference: str
+    data: str
+    n: int
+    max_abs_delta: float
+    p99_abs_delta: float
+    label_flips: int
+    allowed: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bucket kept the promise on these rows; what is not judged has not failed."""
+        return self.allowed is None or (self.max_abs_delta <= self.allowed and self.label_flips == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything about an artifact that running it needs; written as ``bucket_config.json``.
 
@@ -58,6 +91,7 @@ class Manifest:
         source: where the model came from, by name and revision, and how the graph was made.
         padding_leak: how far torch's own logits moved when a row was padded, for a model that was compiled in spite of
             it; None for all others, whose answer does not depend on padding.
+        certificates: what ``hf-bucket validate`` found since, failures too.
     """
 
     task: str
@@ -72,6 +106,7 @@ class Manifest:
     validation: tuple[Validation, ...]
     files: Mapping[str, FileRecord]
     padding_leak: float | None = None
+    certificates: tuple[Certificate, ...] = ()
 
     def to_json(self) -> str:
         """Return the text of ``bucket_config.json``."""
@@ -81,12 +116,14 @@ class Manifest:
             "inputs": [asdict(spec) for spec in self.signature.inputs],
             "outputs": [asdict(spec) for spec in self.signature.outputs],
             "padding_side": self.signature.padding_side,
+            "counted_id": self.signature.counted_id,
         }
         for name in ("max_length", "vocab_size", "problem_type", "padding_leak"):
             data[name] = getattr(self, name)
         data["labels"] = list(self.labels)
         data["source"], data["versions"] = dict(self.source), dict(self.versions)
         data["validation"] = [asdict(validation) for validation in self.validation]
+        data["certificates"] = [asdict(certificate) for certificate in self.certificates]
         data["files"] = {name: asdict(record) for name, record in sorted(self.files.items())}
         return json.dumps(data, indent=2) + "\n"
 
@@ -116,6 +153,7 @@ class Manifest:
                 inputs=tuple(_read_input(entry) for entry in signature.each("inputs")),
                 outputs=tuple(_read_output(entry) for entry in signature.each("outputs")),
                 padding_side=_read_side(signature),
+                counted_id=signature.optional("counted_id", int),
             ),
             max_length=data.optional("max_length", int),
             vocab_size=data.optional("vocab_size", int),
@@ -125,6 +163,7 @@ class Manifest:
             source=data.table("source", str),
             versions=data.table("versions", str),
             validation=tuple(_read_validation(entry) for entry in data.each("validation")),
+            certificates=tuple(_read_certificate(entry) for entry in data.each("certificates")),
             files={
                 _file_name(name): FileRecord(size=entry.take("size", int), sha256=entry.take("sha256", str))
                 for name, entry in data.members("files")
@@ -228,6 +267,20 @@ def _read_validation(entry: _Reader) -> Validation:
         label_flips=entry.take("label_flips", int),
         n=entry.take("n", int),
         reference=entry.take("reference", str),
+    )
+
+
+def _read_certificate(entry: _Reader) -> Certificate:
+    return Certificate(
+        bucket=entry.take("bucket", str),
+        precision=entry.take("precision", str),
+        reference=entry.take("reference", str),
+        data=entry.take("data", str),
+        n=entry.take("n", int),
+        max_abs_delta=entry.take("max_abs_delta", float),
+        p99_abs_delta=entry.take("p99_abs_delta", float),
+        label_flips=entry.take("label_flips", int),
+        allowed=entry.optional("allowed", float),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_bucket.errors import LadderError, too_long
-from hf_bucket.ladder import Bucket, Ladder, _size, cross, make_ladder
+from hf_bucket.ladder import LONGEST, Bucket, Ladder, _size, cross, make_ladder
 
 Cost: TypeAlias = Callable[[int], float]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -25,7 +25,6 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 PRESET_CAP = 2048  # tokens: a preset compiles nothing longer unless the data is, whatever the model could hold
 PRESET_START = 16  # tokens: the shortest length a preset makes on its own
 UNLIMITED_CAP = 512  # tokens: the cap where neither a model nor data knows one
-LONGEST = 2**20  # tokens: above it a length is a mistake, such as a tokenizer's 1e30 for "no limit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

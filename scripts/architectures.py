@@ -644,7 +644,7 @@ HEADINGS = {
     "shared its batch.",
     "leaks": "torch's own logits change when the same row is padded, its padding masked. No bucket could give the "
     "unpadded answer, so hf_bucket refuses these models.",
-    "refused": "Other models that hf_bucket refuses.",
+    "refused": "Other models that hf_bucket refuses, or that transformers cannot build here.",
     "failed": "Something is wrong here.",
 }
 

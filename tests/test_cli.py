@@ -70,7 +70,7 @@ def test_inspect_and_validate_show_every_bucket(capfd, artifact: Path) -> None:
     status, out, _ = run(capfd, "inspect", artifact, "--json")
     assert json.loads(out)["task"] == "text-classification"
     status, out, _ = run(capfd, "validate", artifact, "--json")
-    assert [check["label_flips"] for check in json.loads(out)] == [0, 0, 0, 0]
+    assert [check["label_flips"] for check in json.loads(out)["certificates"]] == [0, 0, 0, 0]
 
 
 def test_predict_keeps_every_row_and_says_which_failed(capfd, artifact: Path, tmp_path: Path) -> None:

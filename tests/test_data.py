@@ -521,6 +521,8 @@ def test_a_record_without_a_text_says_what_it_has(record: Record, message: str) 
         ("a.txt", "12\nseven\n", {}, ["12", "seven"]),
         ("a.txt", "\n\n", {}, ["", ""]),
         ("a.txt", "²\n", {}, ["²"]),
+        ("a.txt", "12\x1d\n\x1c7\n", {}, [12, 7]),  # spaces to str.strip, but not to int
+        ("a.txt", "9" * 5000, {}, ["9" * 5000]),
         ("a.csv", "length\n3\n4\n", {}, [3, 4]),
         ("a.csv", "a,b\n3,4\n", {"column": "a", "pair_column": "b"}, [("3", "4")]),
         ("a.jsonl", '{"text": "3"}\n', {}, ["3"]),
@@ -528,7 +530,20 @@ def test_a_record_without_a_text_says_what_it_has(record: Record, message: str) 
         ("a.jsonl", '{"n": 3, "s": "x"}\n', {"column": "n"}, [3]),
         ("a.jsonl", '{"p": "x", "q": "y"}\n', {"pair_column": "q"}, [("x", "y")]),
     ],
-    ids=["numbers", "mixed", "blank", "superscript", "CSV", "CSV pair", "JSON text", "JSON", "named", "pair"],
+    ids=[
+        "numbers",
+        "mixed",
+        "blank",
+        "superscript",
+        "separators",
+        "too long",
+        "CSV",
+        "CSV pair",
+        "JSON text",
+        "JSON",
+        "named",
+        "pair",
+    ],
 )
 def test_a_column_is_texts_pairs_or_lengths(write, name, content, options, expected) -> None:
     assert read_column(write(name, content), **options) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from hf_bucket.errors import ArtifactError
 from hf_bucket.ladder import make_ladder
-from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FileRecord, Manifest, Validation
+from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Certificate, FileRecord, Manifest, Validation
 from hf_bucket.tasks import AXES, InputSpec, OutputSpec, Signature
 
 Path = tuple[str | int, ...]
@@ -28,6 +29,7 @@ MANIFEST_OF_ALL_PARTS = Manifest(
         ),
         outputs=(OutputSpec(name="logits", dtype="float32", axes=("row", "label")),),
         padding_side="left",
+        counted_id=2,
     ),
     padding_leak=0.5,
     max_length=64,
@@ -37,6 +39,19 @@ MANIFEST_OF_ALL_PARTS = Manifest(
     source={"name": "org/model", "revision": ""},
     versions={"onnxruntime": "1.31.1"},
     validation=(Validation(bucket="b1_s8", max_abs_delta=1e-6, label_flips=0, n=2, reference="torch"),),
+    certificates=(
+        Certificate(
+            bucket="b4_s16",
+            precision="float32",
+            reference="torch",
+            data="texts.csv",
+            n=120,
+            max_abs_delta=2e-6,
+            p99_abs_delta=1e-6,
+            label_flips=1,
+            allowed=1e-4,
+        ),
+    ),
     files={"model.onnx": FileRecord(size=12, sha256="0" * 64), "config.json": FileRecord(size=0, sha256="1" * 64)},
 )
 
@@ -59,6 +74,7 @@ manifests = st.builds(
         ).map(tuple),
         outputs=st.lists(st.builds(OutputSpec, name=texts, dtype=dtypes, axes=axes), max_size=2).map(tuple),
         padding_side=st.sampled_from(["left", "right"]),
+        counted_id=st.none() | counts,
     ),
     padding_leak=st.none() | st.floats(0, allow_infinity=False),
     max_length=st.none() | counts,
@@ -75,6 +91,21 @@ manifests = st.builds(
             label_flips=counts,
             n=counts,
             reference=texts,
+        ),
+        max_size=2,
+    ).map(tuple),
+    certificates=st.lists(
+        st.builds(
+            Certificate,
+            bucket=texts,
+            precision=texts,
+            reference=texts,
+            data=texts,
+            n=counts,
+            max_abs_delta=st.floats(0, allow_infinity=False),
+            p99_abs_delta=st.floats(0, allow_infinity=False),
+            label_flips=counts,
+            allowed=st.none() | st.floats(0, allow_infinity=False),
         ),
         max_size=2,
     ).map(tuple),
@@ -123,13 +154,21 @@ def spelled(path: Path) -> str:
 VALUES = dict(walk(data()))
 FREE_TABLES = {"source", "versions", "files"}  # their keys are names, not part of the schema
 KEYS = [path for path in VALUES if isinstance(path[-1], str) and not (len(path) == 2 and path[0] in FREE_TABLES)]
+NULLABLE = {
+    ("max_length",),
+    ("vocab_size",),
+    ("problem_type",),
+    ("padding_leak",),
+    ("signature", "counted_id"),
+    ("certificates", 0, "allowed"),
+}
 SAMPLES = (None, True, False, 7, 0.5, "text", [], {})
 
 
 def fits(sample: Any, value: Any, path: Path) -> bool:
     """Whether ``sample`` has a type that may stand at ``path``, where ``value`` is."""
     if sample is None:
-        return path in {("max_length",), ("vocab_size",), ("problem_type",), ("padding_leak",)}
+        return path in NULLABLE
     return type(sample) is type(value) or (isinstance(value, float) and type(sample) is int)
 
 
@@ -185,7 +224,7 @@ def test_a_value_of_any_other_type_is_named_and_a_bool_is_no_number(path: Path) 
                 read(replaced(path, sample))
 
 
-@pytest.mark.parametrize("key", ["ladder", "signature.inputs", "labels", "validation"])
+@pytest.mark.parametrize("key", ["ladder", "signature.inputs", "labels", "validation", "certificates"])
 def test_an_item_of_the_wrong_type_is_refused(key: str) -> None:
     path = (*key.split("."), 0)
     for item in (None, 1.5, ["x"], True):
@@ -307,6 +346,23 @@ def test_a_whole_number_is_a_fraction_too() -> None:
     delta = read(replaced(("validation", 0, "max_abs_delta"), 0)).validation[0].max_abs_delta
     assert delta == 0.0
     assert isinstance(delta, float)
+
+
+@pytest.mark.parametrize(
+    ("max_abs_delta", "label_flips", "allowed", "passed"),
+    [
+        pytest.param(1e-4, 0, 1e-4, True, id="just allowed"),
+        pytest.param(1.1e-4, 0, 1e-4, False, id="too far"),
+        pytest.param(0.0, 1, 1e-4, False, id="a flip"),
+        pytest.param(9.0, 9, None, True, id="not judged"),
+    ],
+)
+def test_a_certificate_passes_within_what_is_allowed_and_without_a_flip(
+    max_abs_delta: float, label_flips: int, allowed: float | None, passed: bool
+) -> None:
+    certificate = MANIFEST_OF_ALL_PARTS.certificates[0]
+    figures = {"max_abs_delta": max_abs_delta, "label_flips": label_flips, "allowed": allowed}
+    assert replace(certificate, **figures).passed is passed
 
 
 def test_keys_that_are_not_known_are_left_alone() -> None:

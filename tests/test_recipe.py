@@ -189,6 +189,17 @@ WRONG = {
         r"x\.yaml:1: model .* got a value tagged 'tag:yaml.org,2002:pyt",
     ),
     "tagged-mapping": ("!!python/object:os.x {model: x}", r"x\.yaml:1: a recipe is a mapping .* got a value tagged"),
+    "tagged-list": ("model: !!str [a]", r"x\.yaml:1: model must be text, got a value tagged 'tag:yaml.org,2002:str'"),
+    "tagged-list-that-holds-itself": ("model: x\nn_buckets: &a !!int [*a]", r"x\.yaml:2: n_buckets .* a value tagged"),
+    "tagged-list-of-aliases-without-end": (  # their repr would have ten million items
+        "model: !!str [&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 8)) + "]",
+        r"x\.yaml:1: model must be text, got a value tagged",
+    ),
+    "nul-in-a-path": (
+        'model: x\noutput: "~x\\0y"',
+        r"x\.yaml:2: output holds '.x00', which no name or path can; write",
+    ),
+    "surrogate-in-a-path": ('model: x\noutput: "~\\ud800"', r"x\.yaml:2: output holds '.ud800', which no name or path"),
     "wrong-choice": (
         "model: x\noverflow: trunctate",
         r"x\.yaml:2: overflow must be one of error, truncate, window, dynamic, got 'trunctate'; write ",
