@@ -33,15 +33,17 @@ SYNTAX = """!!str !!int !!seq !!map !!binary !!python/object:os.x &a *a &b *b <<
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-recipe-")
 PATH = Path(FOLDER.name) / "x.yaml"
-NAMES = sorted({name for key in KEYS for name in (key.name, *key.values, *(inner.name for inner in key.keys))})
-PIECES = (*SYNTAX.split(), *(f"\n{name}: " for name in NAMES), *NAMES, "\n  ", " ", "[", "]", ",", '"', "8", "~")
-SPELLED = b"\1"  # no YAML begins with it: every byte after it is one of the pieces
+LINES = [f"{key.name}: " for key in KEYS[1:]] + [f"  {inner.name}: " for key in KEYS for inner in key.keys]
+VALUES = [*SYNTAX.split(), *(value for key in KEYS for value in key.values), "8", "[8, 16]", "[[1, 8]]", "text", ""]
+SPELLED = b"\1"  # no YAML begins with it: of every two bytes after it one says the key and one the value of a line
 
 
 def read(data: bytes) -> None:
     """Read a recipe twice."""
     if data.startswith(SPELLED):
-        data = ("model: m\n" + "".join(PIECES[byte % len(PIECES)] for byte in data[1:])).encode()
+        pairs = zip(data[1::2], data[2::2], strict=False)
+        lines = (f"{LINES[key % len(LINES)]}{VALUES[value % len(VALUES)]}\n" for key, value in pairs)
+        data = ("model: m\n" + "".join(lines)).encode()
     PATH.write_bytes(data)
     try:
         recipe = read_recipe(PATH)
@@ -54,5 +56,6 @@ def read(data: bytes) -> None:
 
 if __name__ == "__main__":
     shipped = {path.name: path.read_bytes() for path in (ROOT / "recipes").glob("*.yaml")}
-    spelled = {"spelled": SPELLED + bytes(range(len(PIECES))), "spelled-short": SPELLED + b"\0"}
-    drive(read, seeds={**shipped, **spelled, "every-key": EVERY_KEY}, words=PIECES)
+    spelled = {f"line-{number}": SPELLED + bytes([number, number]) for number in range(len(LINES))}
+    words = [*LINES, *filter(None, VALUES)]
+    drive(read, seeds={**shipped, "every-key": EVERY_KEY, **spelled}, words=words)

@@ -205,9 +205,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     remove_leftovers(target.parent, target.name)
     with _folder_aside(target) as aside:
         fill(aside)
-        if target.exists():
-            _keep_foreign_files(target, aside)
-            shutil.copymode(target, aside)
+        _take_over(target, aside)
         _sync(aside)
         _put_in_place(aside, target)
         with contextlib.suppress(OSError):  # some systems cannot sync a folder; the new artifact is in place already
@@ -273,6 +271,20 @@ def _link(source: str | Path, target: str | Path) -> None:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _take_over(target: Path, aside: Path) -> None:
+    """Give ``aside`` what it keeps of ``target``; again where another writer took that away in the middle of it."""
+    for attempt in range(1, _RENAME_ATTEMPTS + 1):
+        if not target.exists():
+            return
+        try:
+            _keep_foreign_files(target, aside)
+            shutil.copymode(target, aside)
+            return
+        except FileNotFoundError:
+            if attempt == _RENAME_ATTEMPTS:
+                raise
 
 
 def _keep_foreign_files(old: Path, new: Path) -> None:

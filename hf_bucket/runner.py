@@ -78,6 +78,7 @@ class Runner:
         self._lock = threading.Lock()
         self._sessions: Mapping[Bucket, Session] | None = None
         self._pid = 0
+        self._was_open = False
         self._open()
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
@@ -248,8 +249,12 @@ class Runner:
         """Return the sessions; engine threads do not survive a fork, so a child process opens its own."""
         if self._pid != os.getpid():
             self._lock, self._sessions, self._exact, self._pid = threading.Lock(), None, None, os.getpid()
+            self._counts.after_fork()
         with self._lock:
             if self._sessions is None:
+                if self._was_open:
+                    self.artifact.check_unchanged()  # it may be another one by now
+                self._was_open = True
                 self._sessions = self._engine(self.artifact, self.options.engine)
                 if self.options.warmup:
                     self._warm_up(self._sessions)

@@ -57,6 +57,10 @@ class Counts:
                 tally.truncated += sum(row in cut for row in batch.rows)
                 tally.windows += sum(several[row] for row in batch.rows) if several else 0
 
+    def after_fork(self) -> None:
+        """Take a lock of this process's own: a thread that stayed behind in the parent may hold the other."""
+        self._lock = threading.Lock()
+
     def refuse(self) -> None:
         """Count an input that was refused for its length."""
         with self._lock:

@@ -137,7 +137,6 @@ def _locks(value: Any) -> list[Any]:
     return found + [item for part in (getattr(value, "_counts", None),) if part for item in _locks(part)]
 
 
-@pytest.mark.xfail(reason="the counts keep the parent's lock", strict=True)
 def test_a_child_forked_while_another_thread_is_in_the_middle_of_something_does_not_wait_for_it(
     tmp_path: Path,
 ) -> None:
@@ -173,7 +172,6 @@ def test_a_loader_whose_workers_collate_feeds_a_model_that_was_used_before(
 # an artifact that is replaced on disk while a model made of it lives
 
 
-@pytest.mark.xfail(reason="a runner does not look at its artifact again before it opens it again", strict=True)
 @pytest.mark.parametrize("how", ["closed", "forked"])
 def test_sessions_opened_again_are_never_those_of_another_artifact_that_took_its_place(
     tmp_path: Path, saved: Path, how: str
