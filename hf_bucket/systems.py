@@ -375,7 +375,7 @@ class BucketEngine:
 
 ENGINES: Mapping[str, Callable[[Job], Engine]] = {
     REFERENCE: TorchEngine,
-    "torch, sorted batches": SortedTorchEngine,
+    "torch-sorted": SortedTorchEngine,
     "transformers": PipelineEngine,
     BUCKETED: BucketEngine,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -145,7 +144,7 @@ def test_a_second_ladder_never_exports_again(tiny_bert: Path, artifact: Artifact
     )
     assert str(other.manifest.ladder) == "[b2_s9, b2_s33]"
     assert lines == ["specialising and checking 2 buckets: [b2_s9, b2_s33]"]
-    assert os.path.samefile(other.path(WEIGHTS), artifact.path(WEIGHTS)), "the weights lie on disk once"
+    assert other.path(WEIGHTS).stat().st_nlink > 1, "ladders of one model share their weights on disk"
 
 
 def test_a_second_time_comes_from_the_cache_without_a_word(tiny_bert: Path, artifact: Artifact) -> None:
@@ -244,6 +243,9 @@ def test_a_graph_with_fixed_dimensions_is_refused(artifact: Artifact, onnx_folde
     bucket = artifact.manifest.ladder.buckets[0]
     target = tmp_path / "fixed" / "onnx"
     shutil.copyfile(artifact.variant(bucket), target / "model.onnx")
+    with pytest.raises(ArtifactError, match=r"keeps weights in 'model\.onnx\.data', which cannot be read"):
+        compile_model(Source(name=str(tmp_path / "fixed")), CompileOptions(buckets=[8]), report=silent)
+    shutil.copyfile(artifact.path(WEIGHTS), target / WEIGHTS)
     with pytest.raises(ExportError, match=r"has shape .*'1', '7'.* expected free dimensions"):
         compile_model(Source(name=str(tmp_path / "fixed")), CompileOptions(buckets=[8]), report=silent)
 

@@ -377,6 +377,9 @@ NAMES = ["equivalent", "not_equivalent"]
 LOGITS = np.array([[2, -1], [-1, 1], [3, 0], [1, 0.5]], dtype=np.float32)
 
 
+SYSTEMS = ("torch", "torch-sorted", "transformers", "hf_bucket")
+
+
 class FakeWorkers:
     """Stands in for the processes: what each system answers is given, what is asked of it is recorded."""
 
@@ -431,9 +434,9 @@ def shifted(row, label, by):
 def test_systems_take_turns_after_the_model_was_compiled(request_mrpc):
     workers = FakeWorkers()
     evaluate(replace(request_mrpc, rounds=3), start=workers)
-    turn = ["run torch", "run transformers", "run hf_bucket"]
-    starts = [f"start {system}" for system in ("torch", "transformers", "hf_bucket")]
-    stops = [f"stop {system}" for system in ("hf_bucket", "transformers", "torch")]
+    turn = [f"run {system}" for system in SYSTEMS]
+    starts = [f"start {system}" for system in SYSTEMS]
+    stops = [f"stop {system}" for system in reversed(SYSTEMS)]
     assert workers.log == ["start hf_bucket", "stop hf_bucket", *starts, *turn * 3, *stops]
 
 
@@ -453,23 +456,23 @@ def test_a_flipped_label_is_counted_and_fails_the_evaluation(request_mrpc):
 
 def test_a_label_flipped_by_anyone_else_is_reported_only(request_mrpc):
     report = evaluate(request_mrpc, start=FakeWorkers({"transformers": shifted(1, 0, 2.5)}))
-    assert [figures.label_flips for figures in report.systems] == [0, 1, 0]
+    assert [figures.label_flips for figures in report.systems] == [0, 0, 1, 0]
     assert not report.failed
 
 
 def test_a_shift_that_flips_nothing_is_the_delta(request_mrpc):
     report = evaluate(request_mrpc, start=FakeWorkers({"hf_bucket": shifted(2, 1, -0.25)}))
-    assert [figures.max_delta_logit for figures in report.systems] == [0.0, 0.0, 0.25]
+    assert [figures.max_delta_logit for figures in report.systems] == [0.0, 0.0, 0.0, 0.25]
     assert not report.failed
 
 
 def test_speed_is_texts_by_the_median_round(request_mrpc):
-    seconds = {"torch": (9.0, 2.0, 1.0), "transformers": (1.0, 1.0, 1.0), "hf_bucket": (0.5, 4.0, 0.25)}
+    seconds = {"torch": (9.0, 2.0, 1.0), "torch-sorted": (4.0,), "hf_bucket": (0.5, 4.0, 0.25)}
     report = evaluate(replace(request_mrpc, rounds=3), start=FakeWorkers(seconds=seconds))
-    torch, _, bucketed = report.systems
+    torch, *_, bucketed = report.systems
     assert torch.texts_per_s == {"median": 2.0, "min": 4 / 9, "max": 4.0}
     assert bucketed.texts_per_s == {"median": 8.0, "min": 1.0, "max": 16.0}
-    assert [figures.speed_ratio for figures in report.systems] == [1.0, 2.0, 4.0]
+    assert [figures.speed_ratio for figures in report.systems] == [1.0, 0.5, 2.0, 4.0]
 
 
 def test_counts_are_those_of_the_first_pass_and_memory_that_of_the_worst(request_mrpc):
@@ -482,7 +485,7 @@ def test_counts_are_those_of_the_first_pass_and_memory_that_of_the_worst(request
 def test_predictions_are_scored_in_the_order_of_the_data(request_mrpc):
     report = evaluate(request_mrpc, start=FakeWorkers({"hf_bucket": shifted(3, 1, 1)}))
     assert report.labels == ("equivalent", "not_equivalent")
-    assert [figures.metrics["accuracy"] for figures in report.systems] == [0.75, 0.75, 1.0]
+    assert [figures.metrics["accuracy"] for figures in report.systems] == [0.75, 0.75, 0.75, 1.0]
     assert report.systems[0].metrics["f1"] == pytest.approx(0.8)  # precision 2/3, recall 1
 
 
@@ -498,7 +501,7 @@ def test_a_regression_has_correlations_and_no_label_to_flip(request_mrpc, tmp_pa
     make_checkpoint(tmp_path, ["LABEL_0"])
     write_parquet(tmp_path / "stsb" / "validation.parquet", {**MRPC_ROWS, "label": [0.5, 2.5, 5.0, 3.5]})
     reference = np.array([[0.1], [0.3], [0.9], [0.5]], dtype=np.float32)
-    workers = FakeWorkers({"torch": reference, "transformers": reference, "hf_bucket": -reference})
+    workers = FakeWorkers({**dict.fromkeys(SYSTEMS, reference), "hf_bucket": -reference})
     report = evaluate(replace(request_mrpc, task="stsb"), start=workers)
     assert report.systems[0].metrics["spearman"] == pytest.approx(1.0)
     assert report.bucketed.metrics["spearman"] == pytest.approx(-1.0)
@@ -511,7 +514,7 @@ def test_mnli_is_scored_on_both_halves_apart(request_mrpc, tmp_path):
     write_parquet(tmp_path / "validation_matched.parquet", {**texts, "label": [0, 1, 2]})
     write_parquet(tmp_path / "validation_mismatched.parquet", {**texts, "label": [2, 1, 0]})
     logits = np.array([[0, 0, 1], [0, 1, 0], [0, 0, 1], [1, 0, 0]], dtype=np.float32)
-    workers = FakeWorkers(dict.fromkeys(("torch", "transformers", "hf_bucket"), logits))
+    workers = FakeWorkers(dict.fromkeys(SYSTEMS, logits))
     report = evaluate(replace(request_mrpc, task="mnli", limit=2), start=workers)
     assert (report.split, report.n) == ("validation_matched+validation_mismatched", 4)
     assert workers.jobs["torch"].texts == [("a", "d"), ("b", "e")] * 2
@@ -586,7 +589,7 @@ def test_the_report_is_json(request_mrpc):
     assert {"python", "hf-bucket", "onnxruntime", "numpy"} <= set(result["versions"])
     assert result["machine"]["usable_cores"] >= 1
     assert result["machine"]["cpu"]
-    assert list(result["systems"]) == ["torch", "transformers", "hf_bucket"]
+    assert list(result["systems"]) == [*SYSTEMS]
     assert result["systems"]["hf_bucket"] == {
         "metrics": {"accuracy": 0.75, "f1": pytest.approx(0.8)},
         "label_flips": 0,
@@ -604,9 +607,9 @@ def test_the_report_is_json(request_mrpc):
 def test_the_table_has_a_line_per_system_and_aligned_columns(request_mrpc):
     lines = evaluate(request_mrpc, start=FakeWorkers(waste=(0.125,))).table().splitlines()
     header, *rows = lines[lines.index("") + 1 :]
-    assert [row.split()[0] for row in rows] == ["torch", "transformers", "hf_bucket"]
+    assert [row.split()[0] for row in rows] == [*SYSTEMS]
     assert {len(row) for row in rows} == {len(header)}
-    assert " ".join(rows[2].split()[1:]) == "4.0 (4.0-4.0) 1.00 0.125 0 0 0.0e+00 4 (5) 0.7500 0.8000"
+    assert " ".join(rows[-1].split()[1:]) == "4.0 (4.0-4.0) 1.00 0.125 0 0 0.0e+00 4 (5) 0.7500 0.8000"
 
 
 # One system in its process
@@ -873,7 +876,7 @@ def test_every_option_of_the_script_reaches_the_evaluation(script, arguments, tm
     workers = FakeWorkers()
     chosen = "--batch-sizes 1,8 --n-buckets 3 --mode static --provider p --revision r --limit 2 --buckets auto"
     order = "--label-order equivalent,not_equivalent --pipeline-batch-size 5"
-    workers.logits = dict.fromkeys(("torch", "transformers", "hf_bucket"), LOGITS[:2])
+    workers.logits = dict.fromkeys(SYSTEMS, LOGITS[:2])
     assert script(*arguments, *chosen.split(), *order.split(), workers=workers) == 0
     job = workers.jobs["hf_bucket"]
     calibration = [{"text": "a b", "text_pair": "b"}, {"text": "c", "text_pair": "c c"}]
