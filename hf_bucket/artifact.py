@@ -75,8 +75,12 @@ class Artifact:
         """Return the end that the tokenizer's author had texts cut at: ``"right"`` unless the tokenizer says left."""
         if "tokenizer_config.json" not in self.manifest.files:
             return "right"
-        settings = json.loads(self._read("tokenizer_config.json"))
-        return "left" if settings.get("truncation_side") == "left" else "right"
+        try:
+            settings = json.loads(self._read("tokenizer_config.json"))
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"tokenizer_config.json cannot be read ({error}); {_ADVICE}") from error
+        side = settings.get("truncation_side") if isinstance(settings, dict) else None
+        return "left" if side == "left" else "right"
 
     def check_unchanged(self) -> None:
         """Return if the folder still has the manifest of this artifact's files; the files themselves are not read.

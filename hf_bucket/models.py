@@ -293,7 +293,10 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
 
 def _as_rows(value: Any, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return an int64 array of shape (rows, length)."""
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths; a tensor numpy has no form for
+        raise InputTypeError(f"{name} cannot be an array ({error}); pass padding=True to the tokenizer") from error
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise InputTypeError(
             f"{name} has shape {array.shape} of {array.dtype}; expected whole numbers of shape (rows, length), as from "

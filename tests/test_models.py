@@ -302,3 +302,11 @@ def test_a_model_works_in_a_child_process_after_use(loaded, method: str) -> None
     child.start()
     assert np.allclose(queue.get(), expected, atol=1e-5)
     child.join()
+
+
+@pytest.mark.parametrize(
+    "ids", [[[1, 5, 2], [1, 2]], torch.ones(1, 3, dtype=torch.bfloat16)], ids=["ragged", "bfloat16"]
+)
+def test_what_is_no_array_is_refused_with_advice(model, ids) -> None:
+    with pytest.raises(InputTypeError, match=r"input_ids cannot be an array .*; pass padding=True to the tokenizer"):
+        model(input_ids=ids)
