@@ -37,5 +37,8 @@ if __name__ == "__main__":
         "NaN",
         "1e999",
     }
-    small = json.dumps(json.loads(WRITTEN), separators=(",", ":")).encode()
-    drive(read, seeds={"written": WRITTEN.encode(), "small": small}, words=sorted(words))
+    unguarded = {key: value for key, value in json.loads(WRITTEN).items() if key != "sha256"}
+    small = json.dumps(unguarded, separators=(",", ":")).encode()
+    indented = json.dumps(unguarded, indent=2).encode()
+    seeds = {"written": WRITTEN.encode(), "indented": indented, "small": small}
+    drive(read, seeds=seeds, words=sorted(words))

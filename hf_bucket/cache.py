@@ -32,6 +32,7 @@ _MODEL_FILES = (
     "*.onnx.data",
     "*.onnx_data",
 )
+_LOCK = "writing.lock"
 _KEY = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")  # of a model: the name of its folder
 
 
@@ -47,7 +48,8 @@ def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact
     target = cache_root() / key / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(f"{name}.lock")):
+        # one for all ladders of a model: the second finds the first's export, and its weights, instead of its own
+        with filelock.FileLock(target.with_name(_LOCK)):
             if is_artifact(target):
                 try:
                     return open_artifact(target)

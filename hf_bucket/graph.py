@@ -82,6 +82,7 @@ def adopt(
         )
     outputs = tuple(_output_spec(value, task) for value in kept)
     model.graph.outputs[:] = kept
+    _name_squeezed_axes(model)
     _strip(model)
     for value in model.graph.inputs:
         value.shape = onnx_ir.Shape([BATCH, LENGTH])
@@ -129,6 +130,25 @@ def _output_shape(value: ir.Value, spec: OutputSpec, batch: str | int, length: s
     for axis, dim in zip(spec.axes, value.shape or (), strict=True):
         dims.append(free[axis] if axis in free else int(str(dim)))
     return dims
+
+
+def _name_squeezed_axes(model: ir.Model) -> None:
+    """Make every Squeeze say which axes it removes: one that says none would, in a batch of one, remove the batch too.
+
+    mBART's ``shift_tokens_right`` has such a one. Only axes whose size was 1 whatever the batch are meant.
+    """
+    onnx_ir, _ = _libraries()
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Squeeze" or "axes" in node.attributes or len(node.inputs) > 1:
+            continue
+        dims = node.inputs[0].shape
+        if dims is None:
+            continue  # nothing says which axes are meant; a batch of one is compared with torch like all others
+        places = [place for place, dim in enumerate(dims) if dim == 1]
+        axes = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(places, dtype=np.int64))})
+        node.prepend(axes)
+        node.resize_inputs(2)
+        node.replace_input_with(1, axes.outputs[0])
 
 
 def _strip(model: ir.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -125,17 +126,18 @@ class Manifest:
         data["validation"] = [asdict(validation) for validation in self.validation]
         data["certificates"] = [asdict(certificate) for certificate in self.certificates]
         data["files"] = {name: asdict(record) for name, record in sorted(self.files.items())}
-        return json.dumps(data, indent=2) + "\n"
+        return json.dumps({**data, "sha256": _digest(data)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Return the manifest written in ``text``.
 
         Raises:
-            ArtifactError: not JSON, from a newer version, or a value that is missing or has the wrong type.
+            ArtifactError: not JSON, from a newer version, altered, or a value that is missing or has the wrong type.
         """
         try:
             raw = json.loads(text)
+            digest = _digest(raw) if isinstance(raw, dict) else ""
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{MANIFEST} is not valid JSON ({error}); compile the model again") from error
         data = _Reader(_typed(raw, dict, "the manifest"), "")
@@ -144,6 +146,11 @@ class Manifest:
             raise ArtifactError(
                 f"{MANIFEST} has schema_version {version}, this hf_bucket reads {SCHEMA_VERSION}; "
                 f"{'upgrade hf_bucket' if version > SCHEMA_VERSION else 'compile the model again'}"
+            )
+        if "sha256" in raw and data.take("sha256", str) != digest:
+            raise ArtifactError(
+                f"{MANIFEST} was altered: its content has another sha256 than it says; compile the model again, or, if "
+                f"you changed it on purpose, remove its key sha256"
             )
         signature = data.inside("signature")
         return cls(
@@ -169,6 +176,12 @@ class Manifest:
                 for name, entry in data.members("files")
             },
         )
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """Return the sha256 of everything in a manifest but this very figure, however it is laid out."""
+    content = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

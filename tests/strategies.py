@@ -196,6 +196,8 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 def _edited(draw: st.DrawFn, written: str) -> str:
     """A manifest after one edit, two or four: values replaced, dropped, or copied from elsewhere in it."""
     data = json.loads(written)
+    if draw(st.integers(0, 3)):  # a digest that no longer fits would stop every edit at the same place
+        data.pop("sha256", None)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 4]))):
         places = [(data, key) for key in data] * draw(st.integers(0, 1)) or list(_places(data))
         holder, key = draw(st.sampled_from(places or [(data, "task")]))

@@ -28,10 +28,11 @@ from hf_bucket.errors import (
     PaddingLeakError,
     ProviderError,
 )
-from hf_bucket.graph import specialise
-from hf_bucket.ladder import Ladder
+from hf_bucket.graph import adopt, save_graph, specialise
+from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import MANIFEST
 from hf_bucket.source import Source
+from hf_bucket.tasks import get_task
 
 # libraries that exporting needs announce their own deprecations
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -355,6 +356,38 @@ def test_an_unknown_mode_lists_the_known_ones(artifact: Artifact) -> None:
         hf_bucket.load(artifact.folder, mode="fast")  # type: ignore[arg-type]
 
 
+def test_a_squeeze_that_names_no_axes_keeps_a_batch_of_one(tmp_path: Path) -> None:
+    """As in mBART's decoder: torch squeezed what was 1 in a batch of two, onnxruntime would the batch too."""
+    onnx, helper = pytest.importorskip("onnx"), pytest.importorskip("onnx.helper")
+    inputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["n", "s"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    nodes = [
+        helper.make_node("Mul", ["input_ids", "attention_mask"], ["product"]),
+        helper.make_node("ReduceSum", ["product", "one"], ["column"], keepdims=1),
+        helper.make_node("Squeeze", ["column"], ["bare"]),
+        helper.make_node("Unsqueeze", ["bare", "one"], ["again"]),
+        helper.make_node("Cast", ["again"], ["logits"], to=onnx.TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "squeezing",
+        inputs,
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 1])],
+        [helper.make_tensor("one", onnx.TensorProto.INT64, [1], [1])],
+        value_info=[helper.make_tensor_value_info("column", onnx.TensorProto.INT64, ["n", 1])],
+    )
+    model = onnx_ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+    signature = adopt(model, get_task("text-classification"), {"input_ids": 0, "attention_mask": 0})
+    save_graph(model, tmp_path / GRAPH)
+    specialise(tmp_path / GRAPH, Bucket(batch_size=1, extent=(2,)), signature, tmp_path / "variant.onnx")
+    arrays = {name: np.array([[3, 4]]) for name in ("input_ids", "attention_mask")}
+    for path in (tmp_path / GRAPH, tmp_path / "variant.onnx"):
+        (logits,) = onnxruntime.InferenceSession(str(path)).run(None, arrays)
+        np.testing.assert_array_equal(logits, [[25.0]])
+
+
 def test_a_graph_that_onnxruntime_refuses_is_named(artifact: Artifact, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(artifact.folder, folder)
@@ -362,6 +395,7 @@ def test_a_graph_that_onnxruntime_refuses_is_named(artifact: Artifact, tmp_path:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     import hashlib
 
+    del manifest["sha256"]
     manifest["files"][GRAPH] = {"size": 7, "sha256": hashlib.sha256(b"nothing").hexdigest()}
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"model\.onnx cannot be loaded by onnxruntime"):

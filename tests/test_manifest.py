@@ -119,7 +119,11 @@ json_values = st.recursive(
 
 
 def data() -> dict[str, Any]:
-    """A manifest that holds at least one of everything, as parsed JSON."""
+    """A manifest that holds at least one of everything, as parsed JSON, without the digest that guards it."""
+    return {key: value for key, value in written().items() if key != "sha256"}
+
+
+def written() -> dict[str, Any]:
     return json.loads(MANIFEST_OF_ALL_PARTS.to_json())
 
 
@@ -370,7 +374,22 @@ def test_keys_that_are_not_known_are_left_alone() -> None:
 
 
 def test_a_pad_id_no_dtype_holds_is_refused() -> None:
-    data = json.loads(MANIFEST_OF_ALL_PARTS.to_json())
-    data["signature"]["inputs"][0]["pad_id"] = 2**40
+    changed = data()
+    changed["signature"]["inputs"][0]["pad_id"] = 2**40
     with pytest.raises(ArtifactError, match=r"1099511627776 at signature\.inputs\[0\]\.pad_id, expected a number"):
-        Manifest.from_json(json.dumps(data))
+        read(changed)
+
+
+@pytest.mark.parametrize("key", sorted(written().keys() - {"schema_version"}))
+def test_a_manifest_that_was_altered_is_refused_unless_its_digest_is_taken_out(key: str) -> None:
+    with pytest.raises(ArtifactError, match="was altered.*remove its key sha256"):
+        read({**written(), key: "0" * 64})
+
+
+def test_the_layout_of_a_manifest_is_not_guarded() -> None:
+    turned = dict(reversed(written().items()))
+    assert Manifest.from_json(json.dumps(turned, indent=4)) == MANIFEST_OF_ALL_PARTS
+
+
+def test_a_manifest_may_be_changed_by_hand_once_its_digest_is_taken_out() -> None:
+    assert read({**data(), "labels": ["yes", "no"]}).labels == ("yes", "no")
