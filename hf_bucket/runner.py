@@ -16,7 +16,7 @@ from hf_bucket.artifact import Artifact, open_artifact
 from hf_bucket.assign import Assignment, Cost, assign, cells_cost
 from hf_bucket.batch import Array, Features, PaddedBatch, Row, pad, pool, unpad
 from hf_bucket.encode import Encoder, Text, Truncation, Windows, check_texts, cut, window_places
-from hf_bucket.errors import BucketWarning, InputError, too_long
+from hf_bucket.errors import BucketWarning, InputError, TooLongError, too_long
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.overflow import OverflowLike, Side, make_overflow
 from hf_bucket.probes import probe_features, probe_rows
@@ -140,7 +140,11 @@ class Runner:
         elif chosen.policy == "window":
             stride = largest // 8 if chosen.stride is None else chosen.stride
             windows = Windows(max_length=largest, stride=stride, strategy=chosen.strategy)
-        features = replace(self.encoder(texts, truncation=truncation, windows=windows), pool=chosen.pool)
+        try:
+            features = replace(self.encoder(texts, truncation=truncation, windows=windows), pool=chosen.pool)
+        except TooLongError:  # it may not be cut as far as it would have to be
+            self._counts.refuse()
+            raise
         self._check_lengths(features.lengths, first_row, exact=chosen.policy == "dynamic")
         if truncation is not asked:
             self._warn_once(features.truncated, first_row)
@@ -220,7 +224,7 @@ class Runner:
         ``real_tokens`` are tokens of inputs, ``padded_tokens`` the padding computed with them, ``waste`` the share of
         padding in all computed cells, ``truncated`` the rows that were cut, ``windows`` the rows that showed a part of
         a longer text. ``buckets`` has the same per bucket, with ``batches`` run, for every bucket of the ladder, and
-        ``dynamic`` for rows that ran at their exact length. ``refused`` counts inputs that raised ``TooLongError``.
+        ``dynamic`` for rows that ran at their exact length. ``refused`` counts calls that raised ``TooLongError``.
         """
         return self._counts.report(self.ladder)
 

@@ -62,7 +62,7 @@ class Counts:
         self._lock = threading.Lock()
 
     def refuse(self) -> None:
-        """Count an input that was refused for its length."""
+        """Count a call that was refused for the length of an input."""
         with self._lock:
             self._refused += 1
 

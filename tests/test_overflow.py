@@ -174,8 +174,10 @@ def test_pairs_lose_tokens_where_they_are_asked_to(make_runner, policy: str, fir
 
 
 def test_a_pair_whose_other_text_is_too_long_is_refused(make_runner) -> None:
+    runner = make_runner("truncate:only_second")
     with pytest.raises(TooLongError, match='truncation="only_second"'):
-        make_runner("truncate:only_second")([(text_of(20), text_of(10))])
+        runner([(text_of(20), text_of(10))])
+    assert runner.stats()["refused"] == 1
 
 
 @settings(deadline=None)
