@@ -150,6 +150,7 @@ def _load_model(checkpoint: Checkpoint, task: Task, dtype: Dtype) -> Any:
     try:
         import torch
         from optimum.exporters.tasks import TasksManager
+        from safetensors import SafetensorError
     except ImportError as error:
         raise missing_part(error.name or "torch", "export", "exporting a checkpoint") from error
     auto_class = TasksManager.get_model_class_for_task(task.name, framework="pt")
@@ -160,7 +161,10 @@ def _load_model(checkpoint: Checkpoint, task: Task, dtype: Dtype) -> Any:
             trust_remote_code=checkpoint.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except ImportError as error:  # of a package that this architecture alone needs
+        reason = " ".join(str(error).split())
+        raise ModelError(f"transformers cannot build {checkpoint.config.model_type} here: {reason}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{checkpoint.folder} cannot be loaded for {task.name}: {error}") from error
     missing = sorted(info["missing_keys"])
     if missing:

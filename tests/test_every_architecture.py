@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import tiny_tokenizer
+
+from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.errors import ModelError
+from hf_bucket.source import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +32,7 @@ SAME = [
     "gpt2",
     "layoutlmv3",
     "llama",
+    "mbart",
     "mistral",
     "modernbert",
     "mpnet",
@@ -39,7 +46,12 @@ SAME = [
     "xlnet",
 ]
 LEAKS = ["canine", "convbert", "fnet", "mobilebert", "nystromformer", "reformer", "t5gemma", "t5gemma2", "yoso"]
-REFUSED = {"funnel": "torch itself fails", "jamba": "free dimensions", "longformer": "free dimensions"}
+REFUSED = {
+    "funnel": "torch itself fails",
+    "jamba": "free dimensions",
+    "longformer": "free dimensions",
+    "zamba": "free dimensions",
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +91,23 @@ def test_a_model_that_cannot_be_compiled_is_refused(script: ModuleType, tmp_path
     found = script.examine(model_type, tmp_path)
     assert (found.verdict, found.difference) == ("refused", None)
     assert REFUSED[model_type] in found.reason
+
+
+def test_a_model_that_transformers_cannot_build_here_is_refused(tmp_path: Path) -> None:
+    """LayoutLMv2 needs detectron2, which nothing here brings."""
+    from transformers import LayoutLMv2Config
+
+    if importlib.util.find_spec("detectron2"):
+        pytest.skip("detectron2 is installed: LayoutLMv2 can be built")
+    LayoutLMv2Config().save_pretrained(tmp_path)
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="transformers cannot build layoutlmv2 here: .* requires the detectron2"):
+        compile_model(Source(name=str(tmp_path)), CompileOptions(buckets=[8]), report=lambda line: None)
+
+
+def test_weights_that_are_damaged_are_an_error_of_ours(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ModelError, match="cannot be loaded for text-classification"):
+        compile_model(Source(name=str(tmp_path / "model")), CompileOptions(buckets=[8]), report=lambda line: None)
