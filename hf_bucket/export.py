@@ -163,7 +163,7 @@ def _load_model(checkpoint: Checkpoint, task: Task, dtype: Dtype) -> Any:
         )
     except ImportError as error:  # of a package that this architecture alone needs
         reason = " ".join(str(error).split())
-        raise ModelError(f"transformers cannot build {checkpoint.config.model_type} here: {reason}") from error
+        raise ModelError(f"transformers cannot build {type(checkpoint.config).__name__} here: {reason}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{checkpoint.folder} cannot be loaded for {task.name}: {error}") from error
     missing = sorted(info["missing_keys"])

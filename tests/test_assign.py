@@ -1,4 +1,4 @@
-"""Every row runs once, in the smallest length that holds it, and no other choice of batch sizes is cheaper."""
+"""Every row runs once, in a bucket that holds it, and no other choice of buckets is cheaper."""
 
 from __future__ import annotations
 
@@ -64,12 +64,20 @@ def test_every_row_runs_exactly_once(lengths: list[int], ladder: Ladder) -> None
 
 @quick
 @given(requests, ladders)
-def test_every_row_runs_in_the_smallest_length_that_holds_it(lengths: list[int], ladder: Ladder) -> None:
+def test_every_row_runs_in_a_bucket_that_holds_it(lengths: list[int], ladder: Ladder) -> None:
     lengths = [min(length, ladder.max_length) for length in lengths]
     for assignment in assign(lengths, ladder):
         assert assignment.bucket in ladder
-        for row in assignment.rows:
-            assert assignment.bucket.length == ladder.choose(lengths[row]).length
+        assert all(lengths[row] <= assignment.bucket.length for row in assignment.rows)
+
+
+@quick
+@given(requests, st.lists(st.integers(1, LONGEST), min_size=1, max_size=8, unique=True))
+def test_in_batches_of_one_every_row_runs_in_its_smallest_length(lengths: list[int], sizes: list[int]) -> None:
+    ladder = make_ladder(sizes, batch_sizes=[1])
+    lengths = [min(length, ladder.max_length) for length in lengths]
+    for assignment in assign(lengths, ladder):
+        assert [ladder.choose(lengths[row]).length for row in assignment.rows] == [assignment.bucket.length]
 
 
 @quick
@@ -85,6 +93,7 @@ def test_batches_ascend_by_length_and_rows_within_a_length(lengths: list[int], l
     assignments = assign([min(length, ladder.max_length) for length in lengths], ladder)
     order = [(assignment.bucket.length, row) for assignment in assignments for row in assignment.rows]
     assert order == sorted(order)
+    assert all(list(assignment.rows) == sorted(assignment.rows) for assignment in assignments)
 
 
 @quick
@@ -123,13 +132,60 @@ def test_measured_costs_are_as_exact_as_their_rounding(n_rows: int, costs: dict[
     assert found == pytest.approx(cheapest_by_growing(n_rows, options, cost), rel=1e-9)
 
 
-@quick
-@given(requests, ladders)
-def test_a_request_costs_what_the_best_cover_of_each_length_costs(lengths: list[int], ladder: Ladder) -> None:
-    lengths = [min(length, ladder.max_length) for length in lengths]
+def smallest_fit(lengths: Sequence[int], ladder: Ladder, cost: Cost) -> float:
+    """Least cost when no row may move to a longer bucket."""
     per_length = Counter(ladder.choose(length).length for length in lengths)
-    expected = sum(cheapest_by_growing(n, ladder.of_length(held), cells_cost) for held, n in per_length.items())
-    assert sum(cells_cost(assignment.bucket) for assignment in assign(lengths, ladder)) == expected
+    return sum(cheapest_by_growing(n, ladder.of_length(held), cost) for held, n in per_length.items())
+
+
+def cheapest_by_trying_all_buckets(lengths: Sequence[int], ladder: Ladder, cost: Cost) -> float:
+    """Least cost among all sets of buckets: longest rows first, each takes a place in any bucket that holds it."""
+    need = [sum(length > shorter for length in lengths) for shorter in (-1, *ladder.lengths[:-1])]
+    counts = [range(-(-len(lengths) // bucket.batch_size) + 1) for bucket in ladder]
+    least = float("inf")
+    for chosen in itertools.product(*counts):
+        places = [
+            sum(n * b.batch_size for n, b in zip(chosen, ladder, strict=True) if b.length >= length)
+            for length in ladder.lengths
+        ]
+        if all(have >= wanted for have, wanted in zip(places, need, strict=True)):
+            least = min(least, sum(n * cost(b) for n, b in zip(chosen, ladder, strict=True)))
+    return least
+
+
+@quick
+@given(
+    st.lists(st.integers(0, 12), max_size=5),
+    st.dictionaries(st.tuples(st.integers(1, 4), st.integers(1, 12)), st.integers(0, 30), min_size=1, max_size=5),
+)
+def test_no_other_choice_of_buckets_is_cheaper_whatever_they_cost(
+    lengths: list[int], prices: dict[tuple[int, int], int]
+) -> None:
+    ladder = make_ladder(list(prices))
+    lengths = [min(length, ladder.max_length) for length in lengths]
+    cost = lambda bucket: float(prices[bucket.batch_size, bucket.length])  # noqa: E731
+    found = sum(cost(assignment.bucket) for assignment in assign(lengths, ladder, cost))
+    assert found == cheapest_by_trying_all_buckets(lengths, ladder, cost)
+
+
+@quick
+@given(st.lists(st.integers(0, LONGEST), max_size=400), ladders, st.integers(0, 200))
+def test_no_request_costs_more_than_with_every_row_in_its_smallest_length(
+    lengths: list[int], ladder: Ladder, overhead: int
+) -> None:
+    lengths = [min(length, ladder.max_length) for length in lengths]
+    cost = lambda bucket: bucket.cells + overhead  # noqa: E731
+    found = sum(cost(assignment.bucket) for assignment in assign(lengths, ladder, cost))
+    assert found <= smallest_fit(lengths, ladder, cost)
+
+
+@quick
+@given(requests, ladders, st.lists(st.integers(0, 2), min_size=30, max_size=30))
+def test_rows_of_different_kinds_never_share_a_batch(lengths: list[int], ladder: Ladder, kinds: list[int]) -> None:
+    lengths = [min(length, ladder.max_length) for length in lengths]
+    found = assign(lengths, ladder, kinds=kinds)
+    assert Counter(row for assignment in found for row in assignment.rows) == Counter(range(len(lengths)))
+    assert all(len({kinds[row] for row in assignment.rows}) == 1 for assignment in found)
 
 
 # tables
@@ -145,7 +201,8 @@ def test_a_request_costs_what_the_best_cover_of_each_length_costs(lengths: list[
         pytest.param([9], [("b1_s16", (0,))], id="one over a bucket"),
         pytest.param([16], [("b1_s16", (0,))], id="the longest"),
         pytest.param([5, 5, 5, 5], [("b4_s8", (0, 1, 2, 3))], id="ties keep the caller's order"),
-        pytest.param([16, 3, 9, 8], [("b4_s8", (1, 3)), ("b1_s16", (0,)), ("b1_s16", (2,))], id="short buckets first"),
+        pytest.param([16, 3], [("b1_s8", (1,)), ("b1_s16", (0,))], id="short buckets first"),
+        pytest.param([16, 3, 9, 8], [("b4_s16", (0, 1, 2, 3))], id="places in a longer batch are cheaper than a run"),
         pytest.param([8] * 5, [("b4_s8", (0, 1, 2, 3)), ("b1_s8", (4,))], id="one over a full batch"),
         pytest.param(np.array([9, 8]), [("b1_s8", (1,)), ("b1_s16", (0,))], id="numpy lengths"),
     ],
@@ -201,5 +258,5 @@ def test_the_cost_that_is_passed_in_decides() -> None:
 
 def test_a_length_that_only_one_batch_size_has_uses_that_one() -> None:
     ladder = make_ladder([(4, 8), (1, 16)])
-    names = [(assignment.bucket.name, assignment.rows) for assignment in assign([8, 9, 16], ladder)]
-    assert names == [("b4_s8", (0,)), ("b1_s16", (1,)), ("b1_s16", (2,))]
+    names = [(one.bucket.name, one.rows) for one in assign([8, 8, 8, 9, 16], ladder)]
+    assert names == [("b4_s8", (0, 1, 2)), ("b1_s16", (3,)), ("b1_s16", (4,))]
