@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hf_bucket.session_ort import usable_cores
+from hf_bucket.machine import usable_cores
 
 PACKAGES = ("hf-bucket", "onnxruntime", "torch", "transformers", "tokenizers", "numpy")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_bucket import errors as errors  # hf_bucket.errors.BucketError, without another import
+
 if TYPE_CHECKING:
     from hf_bucket.collator import BucketBatchSampler, DataCollatorWithBucketing
     from hf_bucket.ladder import Bucket, Ladder

@@ -21,6 +21,7 @@ from typing import Literal
 from hf_bucket.errors import ArtifactError
 from hf_bucket.ladder import Bucket
 from hf_bucket.manifest import MANIFEST, FileRecord, Manifest
+from hf_bucket.tasks import TASKS
 from hf_bucket.weights import check_external_data
 
 try:
@@ -122,18 +123,42 @@ def open_artifact(folder: str | os.PathLike[str]) -> Artifact:
     root = Path(folder).absolute()  # it is read again later, when the working directory may be another
     if not root.exists():
         _put_back_moved(root)
-    manifest = Manifest.from_json(_read_manifest(root))
-    for bucket in manifest.ladder:
-        if bucket.cells > _MOST_CELLS:
-            raise ArtifactError(
-                f"{root / MANIFEST} has bucket {bucket}, whose batches would have {bucket.cells} cells, expected at "
-                f"most {_MOST_CELLS}; do not trust it"
-            )
+    content = _read_manifest(root)
+    try:
+        manifest = Manifest.from_json(content)
+    except ArtifactError as error:
+        raise ArtifactError(f"{root}: {error}") from error
+    _check_sense(root, manifest)
     for name, expected in manifest.files.items():
         _check_file(root / name, expected)
-        if name.endswith(".onnx"):
-            check_external_data(root / name)
+        loose = check_external_data(root / name) - manifest.files.keys() if name.endswith(".onnx") else ()
+        if loose:
+            raise ArtifactError(
+                f"{root / MANIFEST} does not list {min(loose)}, which {name} takes its weights from; {_ADVICE}"
+            )
     return Artifact(folder=root, manifest=manifest)
+
+
+def _check_sense(root: Path, manifest: Manifest) -> None:
+    """Raise an ArtifactError for values that are well-formed but cannot be: somebody wrote them by hand."""
+    longest, vocabulary = manifest.ladder.max_length, manifest.vocab_size
+    known = {name for task in TASKS for name in task.pad_ids}
+    wrong = {
+        f"a bucket of {bucket.cells} cells, expected at most {_MOST_CELLS}": bucket.cells > _MOST_CELLS
+        for bucket in manifest.ladder
+    }
+    limit = longest if manifest.max_length is None else manifest.max_length
+    wrong[f"max_length {limit} and a bucket of {longest} tokens"] = longest > limit
+    wrong["no labels"] = not manifest.labels
+    for spec in manifest.signature.inputs:
+        wrong[f"an input {spec.name!r}, expected one of {', '.join(sorted(known))}"] = spec.name not in known
+        wrong[f"input {spec.name} of {spec.dtype}, expected int64 or int32"] = spec.dtype not in ("int64", "int32")
+        if spec.name == "input_ids" and vocabulary is not None:
+            outside = not 0 <= spec.pad_id < vocabulary
+            wrong[f"vocab_size {vocabulary} and pad_id {spec.pad_id} of input_ids"] = outside
+    for what, so in wrong.items():
+        if so:
+            raise ArtifactError(f"{root / MANIFEST} has {what}; do not trust it, or compile the model again")
 
 
 def _read_manifest(root: Path) -> str:

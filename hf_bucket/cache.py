@@ -32,6 +32,7 @@ _MODEL_FILES = (
     "*.onnx.data",
     "*.onnx_data",
 )
+MACHINES = "machine"  # folder of what fits one type of CPU only: packed weights, measured costs
 _LOCK = "writing.lock"
 _KEY = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")  # of a model: the name of its folder
 
@@ -157,13 +158,15 @@ def _entry(folder: Path) -> Entry:
 
 
 def clear() -> int:
-    """Remove every compiled model from the cache, with what killed writers left, and return how many models there were.
+    """Remove all that hf_bucket keeps in the cache, what killed writers left too; return how many models there were.
 
     Raises:
         OSError: a folder cannot be removed.
     """
     root = cache_root()
     found = _whole_entries("*/*", root)
+    if (root / MACHINES).is_dir():
+        shutil.rmtree(root / MACHINES)
     models = [folder for folder in root.iterdir() if _KEY.fullmatch(folder.name)] if root.is_dir() else []
     for folder in {*(entry.parent for entry in found), *models}:
         shutil.rmtree(folder)

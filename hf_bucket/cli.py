@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from hf_bucket.arguments import make_parser
-from hf_bucket.errors import BucketError
+from hf_bucket.errors import ArtifactError, BucketError
 
 if TYPE_CHECKING:
     from hf_bucket.artifact import Artifact
@@ -92,7 +92,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from hf_bucket.artifact import copy_artifact
+    from hf_bucket.artifact import copy_artifact, is_artifact
+    from hf_bucket.cache import cache_root
     from hf_bucket.compile import CompileOptions, compile_model, from_recipe
     from hf_bucket.data import read_column
     from hf_bucket.recipe import read_recipe
@@ -119,6 +120,8 @@ def _compile(options: argparse.Namespace) -> int:
     artifact = compile_model(source, compiling)
     if output is not None:
         artifact = copy_artifact(artifact, output)
+    elif not artifact.folder.is_relative_to(cache_root().absolute()) and not is_artifact(Path(source.name)):
+        raise ArtifactError(f"{source.name} was compiled, but there is no cache to keep it in; give --output FOLDER")
     _print_artifact(artifact, options)
     return 0
 

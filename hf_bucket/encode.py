@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -179,28 +180,64 @@ class Encoder:
                     _check_unicode(part, row, error)
             raise
 
+    def places(
+        self,
+        ids: Iterable[int],
+        types: Iterable[int] | None,
+        *,
+        truncation: Truncation | None = None,
+        windows: Windows | None = None,
+        row: int = 0,
+    ) -> list[list[int]]:
+        """Return which tokens of a row every row made of it keeps: what ``__call__`` would have made of its texts.
+
+        Args:
+            ids: tokens of one text or of a pair; of a pair if the special tokens between two texts are in it just once.
+            types: the row's token types; None where it has none.
+            truncation: cut the row, if that is not None.
+            windows: else see it through these.
+            row: its number in messages.
+
+        Raises:
+            TooLongError: as ``__call__``.
+        """
+        parts, specials = self._split([*map(int, ids)], types)
+        if truncation is not None:
+            kept = [_cut_parts(parts, sum(map(len, specials)), truncation, row)]
+        elif windows is not None:
+            kept = _window_parts(parts, sum(map(len, specials)), windows, row)
+        else:
+            kept = [parts]
+        return [
+            [place for pair in itertools.zip_longest(specials, one, fillvalue=()) for some in pair for place in some]
+            for one in kept
+        ]
+
+    def _split(self, ids: Ids, types: Iterable[int] | None) -> tuple[list[Ids], list[Ids]]:
+        """Return the places of the ordinary tokens of each text of a row, and of the special ones around them."""
+        frame, n = self._frames[1], len(ids)
+        before, between, after = map(len, frame.ids)
+        first, second = frame.text_types
+        single = types is not None and first != second and second not in [*map(int, types)]
+        found = [
+            at for at in range(before, n - after - between + 1) if between and ids[at : at + between] == frame.ids[1]
+        ]
+        if len(found) == 1 and not single:
+            at = found[0]
+            specials = [[*range(before)], [*range(at, at + between)], [*range(n - after, n)]]
+            return [[*range(before, at)], [*range(at + between, n - after)]], specials
+        before, after = map(len, self._frames[0].ids)
+        return [[*range(before, n - after)]], [[*range(before)], [*range(n - after, n)]]
+
     def _cut(self, text: Text, truncation: Truncation, row: int) -> tuple[Ids, Ids]:
         """Return ids and types cut to at most ``truncation.max_length`` tokens, the special tokens whole."""
         parts, frame = self._parts(text)
-        sizes = _cut_sizes([len(part) for part in parts], truncation.max_length - frame.size, truncation, row)
-        return frame.around([cut(part, size, truncation.side) for part, size in zip(parts, sizes, strict=True)])
+        return frame.around(_cut_parts(parts, frame.size, truncation, row))
 
     def _windows(self, text: Text, windows: Windows, row: int) -> list[tuple[Ids, Ids]]:
         """Return ids and types of every window, from the beginning; the last one may be shorter."""
         parts, frame = self._parts(text)
-        sizes = [len(part) for part in parts]
-        moving = {"only_first": 0, "only_second": len(parts) - 1}.get(windows.strategy, sizes.index(max(sizes)))
-        room = windows.max_length - frame.size - (sum(sizes) - sizes[moving])
-        if room <= windows.stride:
-            raise TooLongError(
-                f"input {row} leaves room for {max(room, 0)} tokens per window beside its special tokens and its other "
-                f"text, which is no more than the stride of {windows.stride}; use a smaller stride or a longer bucket"
-            )
-        starts = range(0, max(1, sizes[moving] - windows.stride), room - windows.stride)
-        return [
-            frame.around([part[at : at + room] if which == moving else part for which, part in enumerate(parts)])
-            for at in starts
-        ]
+        return [frame.around(one) for one in _window_parts(parts, frame.size, windows, row)]
 
     def _parts(self, text: Text) -> tuple[list[Ids], _Frame]:
         """Return the ordinary tokens of a text, or of both of a pair, and what goes around them."""
@@ -232,24 +269,27 @@ def cut(ids: Sequence[int], size: int, side: Side) -> list[int]:
     return [*ids[:head], *ids[len(ids) - (size - head) :]]
 
 
-def window_places(length: int, head: int, tail: int, room: int, stride: int) -> list[list[int]]:
-    """Return which tokens of a row every window of it keeps.
+def _cut_parts(parts: Sequence[Ids], special: int, truncation: Truncation, row: int) -> list[Ids]:
+    """Return what stays of each text so that, with ``special`` tokens more, they have ``truncation.max_length``."""
+    sizes = _cut_sizes([len(part) for part in parts], truncation.max_length - special, truncation, row)
+    return [cut(part, size, truncation.side) for part, size in zip(parts, sizes, strict=True)]
 
-    Args:
-        length: tokens of the row; ``head`` and ``tail`` special ones at its ends are in every window.
-        room: other tokens that a window holds.
-        stride: of those, how many neighbours share.
 
-    Raises:
-        InputError: the windows would never get on.
-    """
-    if length <= head + room + tail:
-        return [[*range(length)]]
-    if room <= stride:
-        raise InputError(f"a window has room for {room} tokens, which is no more than the stride of {stride}; lower it")
-    last = length - tail
-    starts = range(head, max(head + 1, last - stride), room - stride)
-    return [[*range(head), *range(at, min(at + room, last)), *range(last, length)] for at in starts]
+def _window_parts(parts: Sequence[Ids], special: int, windows: Windows, row: int) -> list[list[Ids]]:
+    """Return what every window shows of each text, from the beginning; the last one may be shorter."""
+    sizes = [len(part) for part in parts]
+    moving = {"only_first": 0, "only_second": len(parts) - 1}.get(windows.strategy, sizes.index(max(sizes)))
+    still = sum(sizes) - sizes[moving]
+    room = windows.max_length - special - still
+    if room <= windows.stride:
+        other = f", {still} of them for its other text, which is in every window" if still else ""
+        advice = "use a smaller stride or a longer bucket" if room > 0 else "use a longer bucket"
+        raise TooLongError(
+            f"input {row} needs {special + still} tokens of every window for special tokens{other}: of "
+            f"{windows.max_length} that leaves {max(room, 0)}, no more than the stride of {windows.stride}; {advice}"
+        )
+    starts = range(0, max(1, sizes[moving] - windows.stride), room - windows.stride)
+    return [[part[at : at + room] if which == moving else part for which, part in enumerate(parts)] for at in starts]
 
 
 def count_tokens(texts: Iterable[object], source: Source) -> list[int]:
@@ -267,11 +307,16 @@ def check_texts(texts: Iterable[object]) -> list[Text]:
     """Return texts as ``str`` and pairs as ``(str, str)``.
 
     Args:
-        texts: each a string, a pair ``(text, text_pair)``, or a dict with ``text`` and optionally ``text_pair``.
+        texts: each a string, a pair ``(text, text_pair)``, or a dict with ``text`` and optionally ``text_pair``. One
+            string or dict alone is one text.
 
     Raises:
         InputTypeError: anything else; the message names its position.
     """
+    if isinstance(texts, (str, dict)):
+        texts = [texts]
+    if not hasattr(texts, "__iter__") or isinstance(texts, bytes):
+        raise InputTypeError(f"texts is {_kind(texts)}; expected a list of texts: each a string, a pair or a dict")
     return [check_text(text, row) for row, text in enumerate(texts)]
 
 
@@ -343,6 +388,6 @@ def _cut_sizes(sizes: Sequence[int], budget: int, truncation: Truncation, row: i
     if cut < len(sizes) and kept >= 0:
         return [kept if index == cut else size for index, size in enumerate(sizes)]
     raise TooLongError(
-        f'input {row} cannot be cut to {truncation.max_length} tokens by truncation="{truncation.strategy}" '
-        f'(its texts have {" + ".join(map(str, sizes))} tokens); use "longest_first"'
+        f'input {row} cannot be cut to {truncation.max_length} tokens by "{truncation.strategy}" (its texts have '
+        f'{" + ".join(map(str, sizes))} tokens); use "longest_first"'
     )

@@ -13,8 +13,8 @@ from statistics import median
 import numpy as np
 
 from hf_bucket.errors import DataError, InputError
+from hf_bucket.machine import usable_cores
 from hf_bucket.metrics import Logits, flipped_rows, max_delta
-from hf_bucket.session_ort import usable_cores
 from hf_bucket.systems import BUCKETED, ENGINES, REFERENCE, Job, Loaded, Pass, Start, Worker
 
 SCHEMA_VERSION = 1

@@ -141,7 +141,7 @@ def _name_squeezed_axes(model: ir.Model) -> None:
     for node in list(model.graph.all_nodes()):
         if node.op_type != "Squeeze" or "axes" in node.attributes or len(node.inputs) > 1:
             continue
-        dims = node.inputs[0].shape
+        dims = node.inputs[0].shape if node.inputs[0] is not None else None
         if dims is None:
             continue  # nothing says which axes are meant; a batch of one is compared with torch like all others
         places = [place for place, dim in enumerate(dims) if dim == 1]

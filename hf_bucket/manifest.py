@@ -147,13 +147,8 @@ class Manifest:
                 f"{MANIFEST} has schema_version {version}, this hf_bucket reads {SCHEMA_VERSION}; "
                 f"{'upgrade hf_bucket' if version > SCHEMA_VERSION else 'compile the model again'}"
             )
-        if "sha256" in raw and data.take("sha256", str) != digest:
-            raise ArtifactError(
-                f"{MANIFEST} was altered: its content has another sha256 than it says; compile the model again, or, if "
-                f"you changed it on purpose, remove its key sha256"
-            )
         signature = data.inside("signature")
-        return cls(
+        found = cls(
             task=data.take("task", str),
             ladder=_read_ladder(data),
             signature=Signature(
@@ -176,6 +171,12 @@ class Manifest:
                 for name, entry in data.members("files")
             },
         )
+        if "sha256" in raw and data.take("sha256", str) != digest:
+            raise ArtifactError(
+                f"{MANIFEST} was altered: its content has another sha256 than it says; compile the model again, or, if "
+                f"you changed it on purpose, remove its key sha256"
+            )
+        return found
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -72,6 +72,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         provider: str = "auto",
         provider_options: Mapping[str, str] | None = None,
         threads: int = 0,
+        workers: int = 0,
         overflow: OverflowLike = "error",
         warmup: bool = True,
         export: bool | None = None,
@@ -95,10 +96,12 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             calibration_dataset: texts, dicts with ``text`` and ``text_pair``, or token counts that ``"auto"`` fits the
                 ladder to.
             n_buckets: lengths that ``"auto"`` may use.
-            mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes.
+            mode: ``"shared"`` runs every bucket on one graph; ``"static"`` gives each a graph of fixed shapes.
             provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
             provider_options: passed to the provider as they are.
-            threads: threads one run may use; 0 means every core this process may use.
+            threads: threads one run may use; 0 means every core this process may use for a request of a few batches,
+                and one for each of many batches that run at once.
+            workers: batches of one request that run at once; 0 means as many as the cores allow.
             overflow: for an input longer than the largest bucket ``"error"``, ``"truncate"``, ``"window"`` or
                 ``"dynamic"``, with options as ``overflow.Overflow`` has them: ``"window:max,stride=32"``.
             warmup: run every bucket once before returning, smallest first.
@@ -136,7 +139,9 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             export=export,
             verbose=verbose,
         )
-        engine = EngineOptions(mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads)
+        engine = EngineOptions(
+            mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
+        )
         running = RunOptions(engine=engine, overflow=overflow, warmup=warmup)
         return cls.from_artifact(compile_model(source, compiling, task=cls.task), running)
 

@@ -85,9 +85,9 @@ def make_overflow(value: OverflowLike) -> Overflow:
         return value
     if not isinstance(value, str):
         raise InputError(f"overflow is {value!r}; {_SPELLING}")
-    policy, _, options = value.partition(":")
+    policy, colon, options = value.partition(":")
     found: dict[str, object] = {"policy": policy}
-    for word in options.split(",") if options else ():
+    for word in options.split(",") if colon else ():
         name, option = _option(word.strip())
         if name in found:
             raise InputError(f"overflow={value!r} says {name} twice; {_SPELLING}")
@@ -98,8 +98,10 @@ def make_overflow(value: OverflowLike) -> Overflow:
 def _option(word: str) -> tuple[str, object]:
     """Return the field that one option sets, and to what."""
     key, equals, number = word.partition("=")
-    if equals and key == "stride" and number.isascii() and number.isdecimal():
-        return "stride", int(number)
+    if equals and key == "stride":
+        if number.isascii() and number.isdecimal():
+            return "stride", int(number)
+        raise InputError(f"overflow stride must be a number of tokens of at least 0, got {number!r}")
     for name in ("side", "strategy", "pool"):
         if word in _KNOWN[name]:
             return name, word

@@ -255,6 +255,7 @@ def pipeline(
     provider: str = "auto",
     provider_options: Mapping[str, str] | None = None,
     threads: int = 0,
+    workers: int = 0,
     overflow: OverflowLike = "truncate",
     warmup: bool = True,
     window: int = 1024,
@@ -322,7 +323,9 @@ def pipeline(
             export=export,
             allow_padding_leak=allow_padding_leak,
         )
-        engine = EngineOptions(mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads)
+        engine = EngineOptions(
+            mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
+        )
         options = RunOptions(engine=engine, overflow=overflow, warmup=warmup)
         artifact = compile_model(source, compiling, task=row.name)
         runner = Runner(artifact, options, tokenizer_json=_tokenizer_json(tokenizer))

@@ -15,15 +15,18 @@ import numpy as np
 from hf_bucket.artifact import Artifact, open_artifact
 from hf_bucket.assign import Assignment, Cost, assign, cells_cost
 from hf_bucket.batch import Array, Features, PaddedBatch, Row, pad, pool, unpad
-from hf_bucket.encode import Encoder, Text, Truncation, Windows, check_texts, cut, window_places
-from hf_bucket.errors import BucketWarning, InputError, TooLongError, too_long
+from hf_bucket.encode import Encoder, Text, Truncation, Windows, check_texts
+from hf_bucket.errors import ArtifactError, BucketWarning, InputError, TooLongError, too_long
 from hf_bucket.ladder import Bucket, Ladder
-from hf_bucket.overflow import OverflowLike, Side, make_overflow
+from hf_bucket.overflow import Overflow, OverflowLike, Side, make_overflow
 from hf_bucket.probes import probe_features, probe_rows
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions
 from hf_bucket.stats import Counts
 from hf_bucket.tasks import Signature
+from hf_bucket.workers import Workers
+
+_ONE = Workers(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +79,12 @@ class Runner:
         self._encoder: Encoder | None = None
         self._counts = Counts()
         self._lock = threading.Lock()
-        self._sessions: Mapping[Bucket, Session] | None = None
+        self._many = self.options.engine.for_many_batches()
+        self._workers = Workers(self._many.workers)
+        self._opened: dict[int, Mapping[Bucket, Session]] = {}  # by the threads that one run may use
         self._pid = 0
         self._was_open = False
+        self._warn_of_leak()
         self._open()
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
@@ -86,13 +92,13 @@ class Runner:
 
         Args:
             texts: each a string, a pair ``(text, text_pair)``, or a dict with ``text`` and optionally ``text_pair``.
-                One string alone is one text.
+                One string or dict alone is one text.
 
         Raises:
             InputTypeError: something else than text.
             TooLongError: a text fits no bucket and may not be cut.
         """
-        return self.run(self.encode(check_texts([texts] if isinstance(texts, str) else texts)))
+        return self.run(self.encode(check_texts(texts)))
 
     def run(self, features: Features) -> list[Row]:
         """Return the outputs of every row of ``features``, padding gone, in their order.
@@ -100,17 +106,21 @@ class Runner:
         Rows that are windows of one text are pooled into one. A row longer than the largest bucket, which only
         ``overflow="dynamic"`` lets through, runs alone at its exact length.
         """
-        sessions = self._open()
-        results: dict[int, Row] = {}
-        batches: list[PaddedBatch] = []
-        for assignment in assign(features.lengths, self.ladder, self._cost, exact=True, kinds=self._kinds(features)):
+        assignments = assign(features.lengths, self.ladder, self._cost, exact=True, kinds=self._kinds(features))
+        workers, sessions = self._open(len(assignments))
+
+        def run_one(assignment: Assignment) -> tuple[PaddedBatch, dict[int, Row]]:
             batch = pad(features, assignment, self.signature)
             session = sessions.get(batch.bucket) or self._session(batch.bucket)
             outputs = session.run(batch.arrays)
+            self._check_labels(outputs)
             _check_finite(batch, outputs, features)
-            results.update(unpad(batch, outputs, self.signature))
-            batches.append(batch)
-        self._counts.add(batches, features)
+            return replace(batch, arrays={}), unpad(batch, outputs, self.signature)
+
+        # the dearest first, so that no worker is left with one when the others have done
+        done = workers.map(run_one, sorted(assignments, key=lambda one: -one.bucket.cells))
+        self._counts.add([batch for batch, _ in done], features)
+        results = {row: outputs for _, rows in done for row, outputs in rows.items()}
         return pool([results[row] for row in range(len(features))], features)
 
     def encode(
@@ -133,13 +143,10 @@ class Runner:
             TooLongError: a text fits no bucket and may not be cut.
         """
         largest, chosen = self.ladder.max_length, self._overflow if overflow is None else make_overflow(overflow)
-        asked, windows = truncation, None
-        if chosen.policy == "truncate" and (asked is None or asked.max_length > largest):
-            ours = Truncation(max_length=largest, strategy=chosen.strategy, side=chosen.side or self._side)
+        asked = truncation
+        ours, windows = self._fitting(chosen)
+        if ours is not None and (asked is None or asked.max_length > largest):
             truncation = ours if asked is None else replace(asked, max_length=largest)
-        elif chosen.policy == "window":
-            stride = largest // 8 if chosen.stride is None else chosen.stride
-            windows = Windows(max_length=largest, stride=stride, strategy=chosen.strategy)
         try:
             features = replace(self.encoder(texts, truncation=truncation, windows=windows), pool=chosen.pool)
         except TooLongError:  # it may not be cut as far as it would have to be
@@ -153,8 +160,7 @@ class Runner:
     def fit(self, features: Features) -> Features:
         """Return token rows of the caller's, each at most as long as the largest bucket, or any with ``"dynamic"``.
 
-        A row of tokens does not tell where a second text begins: it is cut, or seen through windows, as a single text
-        would be, between the special tokens of one.
+        Rows that are too long are cut, or seen through windows, as their texts would be: see ``Encoder.places``.
 
         Raises:
             TooLongError: a row fits no bucket and may not be cut.
@@ -167,17 +173,21 @@ class Runner:
         if not too_many or chosen.policy in ("error", "dynamic"):
             self._check_lengths(features.lengths, 0, exact=chosen.policy == "dynamic")
             return features
-        head, tail = (len(part) for part in self.encoder.frame)
-        room = largest - head - tail
-        if chosen.policy == "window":
-            stride = largest // 8 if chosen.stride is None else chosen.stride
-            pieces = [window_places(length, head, tail, room, stride) for length in features.lengths]
-        else:
-            side = chosen.side or self._side
+        truncation, windows = self._fitting(chosen)
+        types = features.columns.get("token_type_ids")
+        try:
             pieces = [
-                [[*range(head), *cut(range(head, length - tail), room, side), *range(length - tail, length)]]
-                for length in features.lengths
+                self.encoder.places(
+                    ids, None if types is None else types[row], truncation=truncation, windows=windows, row=row
+                )
+                if len(ids) > largest
+                else [[*range(len(ids))]]
+                for row, ids in enumerate(features.columns["input_ids"])
             ]
+        except TooLongError:  # it may not be cut as far as it would have to be
+            self._counts.refuse()
+            raise
+        if chosen.policy == "truncate":
             self._warn_once(too_many, 0)
         places = [(row, keep) for row, kept in enumerate(pieces) for keep in kept]
         return Features(
@@ -190,6 +200,17 @@ class Runner:
             owners=tuple(row for row, _ in places) if len(places) > len(pieces) else None,
             pool=chosen.pool,
         )
+
+    def _fitting(self, chosen: Overflow) -> tuple[Truncation | None, Windows | None]:
+        """Return how a policy makes rows fit the largest bucket."""
+        largest = self.ladder.max_length
+        if chosen.policy == "truncate":
+            side = chosen.side or self._side
+            return Truncation(max_length=largest, strategy=chosen.strategy, side=side), None
+        if chosen.policy == "window":
+            stride = largest // 8 if chosen.stride is None else chosen.stride
+            return None, Windows(max_length=largest, stride=stride, strategy=chosen.strategy)
+        return None, None
 
     @property
     def ladder(self) -> Ladder:
@@ -229,10 +250,13 @@ class Runner:
         return self._counts.report(self.ladder)
 
     def close(self) -> None:
-        """Release the sessions' memory; a later call opens them again."""
+        """Release the sessions' memory and end the worker threads; a later call opens them again."""
+        self._leave_parent()
         with self._lock:
-            sessions, self._sessions, self._exact = self._sessions, None, None
-        for session in () if sessions is None else sessions.values():
+            opened, self._opened, self._exact = self._opened, {}, None
+            workers, self._workers = self._workers, Workers(self._many.workers)
+        workers.close()
+        for session in {id(session): session for sessions in opened.values() for session in sessions.values()}.values():
             session.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -249,24 +273,35 @@ class Runner:
         artifact, options = open_artifact(state.pop("folder")), state.pop("options")
         Runner.__init__(self, artifact, options, **state)
 
-    def _open(self) -> Mapping[Bucket, Session]:
-        """Return the sessions; engine threads do not survive a fork, so a child process opens its own."""
-        if self._pid != os.getpid():
-            self._lock, self._sessions, self._exact, self._pid = threading.Lock(), None, None, os.getpid()
-            self._counts.after_fork()
+    def _open(self, batches: int = 1) -> tuple[Workers, Mapping[Bucket, Session]]:
+        """Return the sessions for a request of some batches, and what runs these.
+
+        A few batches run one after another, each on every core; as many as there are workers, or more, run at once.
+        Engine threads do not survive a fork, so a child process opens sessions of its own.
+        """
+        self._leave_parent()
+        many = batches >= self._many.workers > 1
+        options = self._many if many else self.options.engine
         with self._lock:
-            if self._sessions is None:
+            if options.threads not in self._opened:
                 if self._was_open:
                     self.artifact.check_unchanged()  # it may be another one by now
+                self._opened[options.threads] = sessions = self._engine(self.artifact, options)
+                if self.options.warmup and not (many and self._was_open):
+                    self._warm_up(sessions)
                 self._was_open = True
-                self._sessions = self._engine(self.artifact, self.options.engine)
-                if self.options.warmup:
-                    self._warm_up(self._sessions)
-            return self._sessions
+            return (self._workers if many else _ONE), self._opened[options.threads]
+
+    def _leave_parent(self) -> None:
+        """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""
+        if self._pid != os.getpid():
+            self._lock, self._opened, self._exact, self._pid = threading.Lock(), {}, None, os.getpid()
+            self._workers = Workers(self._many.workers)
+            self._counts.after_fork()
 
     def _session(self, bucket: Bucket) -> Session:
         """Return a session for a shape outside the ladder."""
-        sessions = self._open()
+        _, sessions = self._open()
         with self._lock:
             if self._exact is None:
                 self._exact = self._dynamic(self.artifact, self.options.engine, sessions)
@@ -286,6 +321,16 @@ class Runner:
             if length > largest and (not exact or (maximum is not None and length > maximum)):
                 self._counts.refuse()
                 raise too_long(length, largest, maximum=maximum, row=row)
+
+    def _check_labels(self, outputs: Mapping[str, Array]) -> None:
+        labels = len(self.artifact.manifest.labels)
+        for spec in self.signature.outputs:
+            found = [n for n, axis in zip(outputs[spec.name].shape, spec.axes, strict=False) if axis == "label"]
+            if found not in ([], [labels]):
+                raise ArtifactError(
+                    f"{self.artifact.folder} names {labels} labels, its graph returns {found[0]} {spec.name}; compile "
+                    f"the model again"
+                )
 
     def _check_ids(self, features: Features) -> None:
         size = self.artifact.manifest.vocab_size
@@ -309,6 +354,17 @@ class Runner:
                 f"the tokenizer that came with the model"
             )
         return counts
+
+    def _warn_of_leak(self) -> None:
+        leak = self.artifact.manifest.padding_leak
+        if leak is not None:
+            warnings.warn(
+                f"padding changes what {self.artifact.manifest.source.get('name', 'this model')} answers: in torch "
+                f"itself a logit moved by {leak:.2g}, and its answers depend on the bucket; it was compiled with "
+                f"allow_padding_leak",
+                BucketWarning,
+                stacklevel=3,
+            )
 
     def _warn_once(self, truncated: Sequence[int], first_row: int) -> None:
         if truncated and self._counts.first_truncation():
@@ -340,6 +396,7 @@ def load(
     provider: str = "auto",
     provider_options: Mapping[str, str] | None = None,
     threads: int = 0,
+    workers: int = 0,
     overflow: OverflowLike = "error",
     warmup: bool = True,
 ) -> Runner:
@@ -350,7 +407,7 @@ def load(
         mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes.
         provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
         provider_options: passed to the provider as they are.
-        threads: threads one run may use; 0 means every core this process may use.
+        threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once before returning, smallest first.
 
@@ -358,5 +415,7 @@ def load(
         ArtifactError: the artifact is missing, damaged, altered or from a newer version.
         ProviderError: the provider is not installed.
     """
-    engine = EngineOptions(mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads)
+    engine = EngineOptions(
+        mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
+    )
     return Runner(open_artifact(artifact_dir), RunOptions(engine=engine, overflow=overflow, warmup=warmup))

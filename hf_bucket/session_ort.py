@@ -1,23 +1,41 @@
-"""Sessions on onnxruntime: one dynamic graph behind all buckets (``shared``) or one graph per bucket (``static``)."""
+"""Sessions on onnxruntime: one dynamic graph behind all buckets (``shared``) or one graph per bucket (``static``).
+
+On the CPU provider both run the graph whose weights are packed for this machine already, in one file that every session
+maps into memory: however many sessions there are, the weights are there once.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import importlib.util
 import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
 
-from hf_bucket.artifact import GRAPH, Artifact
+from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
 from hf_bucket.batch import Array
 from hf_bucket.errors import ArtifactError, ProviderError
 from hf_bucket.ladder import Bucket
+from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
 
 Mode = Literal["shared", "static"]
+
+CPU = "CPUExecutionProvider"
+
+# Providers that come as a plugin: package that brings it.
+PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
+
+# It turns a MatMul and an Add of fixed shapes into a Gemm, whose weights would be packed anew for every bucket.
+_UNPACKING = ["MatMulAddFusion"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,23 +43,36 @@ class EngineOptions:
     """How sessions are made.
 
     Attributes:
-        mode: ``"shared"`` holds the weights once, behind one graph with free dimensions; ``"static"`` gives every
-            bucket a session of its own, with fixed shapes and its own copy of the weights.
+        mode: ``"shared"`` runs every bucket on one graph with free dimensions; ``"static"`` gives every bucket a
+            session of its own, with fixed shapes.
         provider: an onnxruntime execution provider by name, or ``"auto"``.
         provider_options: passed to the provider as they are.
-        threads: threads one run may use; 0 means every core this process may use.
+        threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
+            one for each of many batches that run at once.
+        workers: batches of one request that run at once; 0 means as many as the cores allow, and on a provider other
+            than the CPU's one.
     """
 
     mode: Mode = "shared"
     provider: str = "auto"
     provider_options: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in ("shared", "static"):
             raise ProviderError(f'mode must be "shared" or "static", got {self.mode!r}')
-        if not isinstance(self.threads, int) or isinstance(self.threads, bool) or self.threads < 0:
-            raise ProviderError(f"threads must be 0 (every core) or a positive number, got {self.threads!r}")
+        for name, zero in (("threads", "every core"), ("workers", "as many as the cores allow")):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ProviderError(f"{name} must be 0 ({zero}) or a positive number, got {value!r}")
+
+    def for_many_batches(self) -> EngineOptions:
+        """Return the options of sessions that several workers use at once, and how many workers there are."""
+        threads = self.threads or 1
+        on_cpu = resolve_provider(self.provider) == CPU
+        workers = self.workers or (max(1, usable_cores() // threads) if on_cpu else 1)
+        return replace(self, workers=workers, threads=threads if workers > 1 else self.threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +100,35 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
         ProviderError: the provider is not available here.
         ArtifactError: onnxruntime cannot load a graph.
     """
-    ladder = artifact.manifest.ladder
-    if options.mode == "static":
+    ladder, names = artifact.manifest.ladder, _output_names(artifact)
+    packed = packed_graph(artifact, options)
+    if options.mode == "shared":
+        engine = open_graph(packed or artifact.path(GRAPH), options)
+        return {bucket: OrtSession(bucket, engine, names) for bucket in ladder}
+    if packed is None:
         return {bucket: open_variant(artifact, bucket, options) for bucket in ladder}
-    engine = open_graph(artifact.path(GRAPH), options)
-    return {bucket: OrtSession(bucket, engine, _output_names(artifact)) for bucket in ladder}
+    return {bucket: OrtSession(bucket, open_graph(packed, options, bucket=bucket), names) for bucket in ladder}
+
+
+def packed_graph(artifact: Artifact, options: EngineOptions) -> Path | None:
+    """Return the artifact's graph, optimised and with weights packed for this machine; it lies in the cache.
+
+    None for other providers, which have layouts of their own, and where the cache cannot be written.
+    """
+    if resolve_provider(options.provider) != CPU:
+        return None
+
+    def pack(folder: Path) -> None:
+        settings = _settings(EngineOptions(threads=1))
+        settings.optimized_model_filepath = str(folder / GRAPH)
+        settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+        settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+        _start(artifact.path(GRAPH), settings, {"providers": [CPU]})
+
+    folder = machine_folder(artifact.manifest.files[GRAPH].sha256 + artifact.manifest.files[WEIGHTS].sha256)
+    made = made_once(folder / "packed", pack, "packed weights")
+    return None if made is None else made / GRAPH
 
 
 def open_dynamic(
@@ -85,7 +140,10 @@ def open_dynamic(
         sessions: those of the ladder; in ``"shared"`` mode they run that graph already, and it is not loaded twice.
     """
     shared = next((session for session in sessions.values() if isinstance(session, OrtSession)), None)
-    engine = shared.engine if shared and options.mode == "shared" else open_graph(artifact.path(GRAPH), options)
+    if shared and options.mode == "shared":
+        engine = shared.engine
+    else:
+        engine = open_graph(packed_graph(artifact, options) or artifact.path(GRAPH), options)
     names = _output_names(artifact)
     return lambda bucket: OrtSession(bucket, engine, names)
 
@@ -103,27 +161,106 @@ Engine = Callable[[Artifact, EngineOptions], Mapping[Bucket, Session]]
 Dynamic = Callable[[Artifact, EngineOptions, Mapping[Bucket, Session]], Callable[[Bucket], Session]]
 
 
-def open_graph(path: Path, options: EngineOptions) -> Any:
+def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = None) -> Any:
     """Return an onnxruntime ``InferenceSession`` on one graph.
+
+    Args:
+        bucket: fixes the free dimensions of a packed graph.
 
     Raises:
         ProviderError: the provider is not available here.
         ArtifactError: onnxruntime cannot load the graph.
     """
     provider = resolve_provider(options.provider)
+    settings = _settings(options)
+    arguments: dict[str, Any] = {}
+    if bucket is not None:
+        settings.add_free_dimension_override_by_name("batch", bucket.batch_size)
+        settings.add_free_dimension_override_by_name("length", bucket.length)
+        arguments["disabled_optimizers"] = _UNPACKING
+    if provider in PLUGINS:
+        settings.add_provider_for_devices(_devices(provider), dict(options.provider_options))
+    else:
+        arguments["providers"] = [(provider, dict(options.provider_options))]
+    engine = _start(path, settings, arguments)
+    if engine.get_providers()[0] != provider:
+        raise ProviderError(f"{provider} did not start; onnxruntime offered {engine.get_providers()} instead")
+    return engine
+
+
+def _settings(options: EngineOptions) -> Any:
+    _share_arena()
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads or usable_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    return settings
+
+
+def _start(path: Path, settings: Any, arguments: Mapping[str, Any]) -> Any:
     try:
-        engine = onnxruntime.InferenceSession(
-            str(path), settings, providers=[(provider, dict(options.provider_options))], enable_fallback=False
-        )
+        engine = onnxruntime.InferenceSession(str(path), settings, enable_fallback=False, **arguments)
     except Exception as error:  # onnxruntime's own exceptions share no public base class
-        raise ArtifactError(f"{path} cannot be loaded by onnxruntime on {provider}: {error}") from error
-    if engine.get_providers()[0] != provider:
-        raise ProviderError(f"{provider} did not start; onnxruntime offered {engine.get_providers()} instead")
+        raise ArtifactError(f"{path} cannot be loaded by onnxruntime: {error}") from error
+    _alive.add(engine)
     return engine
+
+
+# A session waits for its threads when it is destroyed. A forked child has the session but not the threads, and would
+# wait for ever: there inherited sessions are never destroyed, not even at exit.
+_alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _keep_inherited() -> None:
+    for engine in _alive:
+        for inherited in (engine, engine._sess):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited)
+
+
+_lock = threading.Lock()
+_registered: set[str] = set()
+
+
+def _share_arena() -> None:
+    """Let all sessions of the process take their memory for activations from one place."""
+    with _lock:
+        if CPU not in _registered:
+            _registered.add(CPU)
+            kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+            place = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+            onnxruntime.create_and_register_allocator(place, None)
+
+
+def _devices(provider: str) -> list[Any]:
+    """Return what a plugin provider can run on here.
+
+    Raises:
+        ProviderError: nothing.
+    """
+    with _lock:
+        if provider not in _registered:
+            _registered.add(provider)
+            package = importlib.import_module(PLUGINS[provider])
+            onnxruntime.register_execution_provider_library(provider, package.get_library_path())
+    every = onnxruntime.get_ep_devices()
+    found = [device for device in every if device.ep_name == provider]
+    if not found:
+        raise ProviderError(
+            f"{provider} is installed but finds nothing to run on among {sorted({d.device.vendor for d in every})}: "
+            f'OpenVINO\'s plugin takes Intel processors only (microsoft/onnxruntime#31981); use "auto"'
+        )
+    return found
+
+
+def installed_providers() -> list[str]:
+    """Return the execution providers that onnxruntime has here, plugins included."""
+    plugins = [name for name, package in PLUGINS.items() if importlib.util.find_spec(package)]
+    return [*onnxruntime.get_available_providers(), *plugins]
 
 
 def resolve_provider(name: str) -> str:
@@ -132,22 +269,11 @@ def resolve_provider(name: str) -> str:
     Raises:
         ProviderError: not installed; the message lists those that are.
     """
-    installed = onnxruntime.get_available_providers()
     if name == "auto":
-        return "CPUExecutionProvider"
-    if name not in installed:
-        raise ProviderError(f'provider {name!r} is not installed; use "auto" or one of {", ".join(installed)}')
+        return CPU
+    if name not in installed_providers():
+        missing = f" (pip install hf-bucket[openvino] brings {name})" if name in PLUGINS else ""
+        raise ProviderError(
+            f'provider {name!r} is not installed{missing}; use "auto" or one of {", ".join(installed_providers())}'
+        )
     return name
-
-
-def usable_cores() -> int:
-    """Return the cores this process may use: by affinity, and by the cgroup's quota rounded up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return cores
-    if quota == "max":
-        return cores
-    return max(1, min(cores, -(-int(quota) // int(period))))

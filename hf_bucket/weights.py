@@ -31,8 +31,8 @@ class _NotProtobufError(ValueError):
     pass
 
 
-def check_external_data(graph: Path) -> None:
-    """Return if every file that a graph takes weights from lies beside it.
+def check_external_data(graph: Path) -> set[str]:
+    """Return the names of the files that a graph takes weights from, if all lie beside it.
 
     "Beside" means below the graph's folder; for a graph that is a link, as in the Hub's cache, below the folder of the
     file it links to. A file that is no ONNX graph at all passes: it names no files, and whoever loads it refuses it.
@@ -41,8 +41,10 @@ def check_external_data(graph: Path) -> None:
         ArtifactError: a name is absolute or leads elsewhere, by ``..`` or through a link, or means no regular file.
     """
     places = {Path(os.path.realpath(folder)) for folder in (graph.parent, Path(os.path.realpath(graph)).parent)}
-    for name in sorted(external_names(graph)):
+    names = set(external_names(graph))
+    for name in sorted(names):
         _check_name(graph, name, places)
+    return names
 
 
 def _check_name(graph: Path, name: str, places: set[Path]) -> None:

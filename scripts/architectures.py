@@ -39,6 +39,7 @@ from hf_bucket.session_ort import EngineOptions, Mode, open_sessions
 from hf_bucket.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks/results/architectures.jsonl", ROOT / "docs/architectures.md"
 Row = tuple[int, ...]  # token ids
 Logits = NDArray[Any]  # of floats; shape (row, label), or (label,) of one row
 Say = Callable[[str], None]
@@ -505,6 +506,8 @@ def main(arguments: Sequence[str]) -> int:
     chosen = [name for name in known if not options.only or name in options.only]
     finished = {name for name, finding in read(options.results).items() if finding.verdict != "failed"}
     todo = [name for name in chosen if options.again or name not in finished]
+    if len(todo) < len(chosen):
+        print(f"{len(chosen) - len(todo)} of {len(chosen)} have a result already; --again tries them once more")
     for finding in run_all(todo, options, say=lambda line: print(line, flush=True)):
         append(finding, options.results)
     found = read(options.results)
@@ -519,16 +522,26 @@ def parse(arguments: Sequence[str]) -> Options:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--only", default="", help="model types, separated by commas; all of them by default")
+    add("--only", help="model types, separated by commas; all of them by default")
     add("--again", action="store_true", help="try those that have a result again")
-    add("--jobs", type=int, default=2, help="processes beside each other (default: 2)")
+    add(
+        "--jobs",
+        type=int,
+        choices=range(1, 65),
+        metavar="N",
+        default=2,
+        help="processes at once (default: 2)",
+    )
     add("--timeout", type=float, default=600, help="seconds one model type may take (default: 600)")
-    add("--results", type=Path, default=ROOT / "benchmarks/results/architectures.jsonl")
-    add("--output", type=Path, default=ROOT / "docs/architectures.md")
+    add("--results", type=Path, default=RESULTS, help="file of one line per type (default: %(default)s)")
+    add("--output", type=Path, default=PAGE, help="page to write (default: %(default)s)")
     add("--child", type=Path, help=argparse.SUPPRESS)  # a process of its own: try one type in this folder
     given = parser.parse_args(arguments)
+    only = tuple(name.strip() for name in (given.only or "").split(",") if name.strip())
+    if given.only is not None and not only:
+        parser.error("--only names no model type")
     return Options(
-        only=tuple(name for name in given.only.split(",") if name),
+        only=only,
         again=given.again,
         jobs=given.jobs,
         timeout_s=given.timeout,

@@ -102,7 +102,7 @@ def test_a_model_that_transformers_cannot_build_here_is_refused(tmp_path: Path) 
     LayoutLMv2Config().save_pretrained(tmp_path)
     tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="transformers cannot build LayoutLMv2Config here: .* requires the detectron2"):
+    with pytest.raises(ModelError, match=r"cannot build LayoutLMv2Config here: .* requires the detectron2"):
         compile_model(Source(name=str(tmp_path)), CompileOptions(buckets=[8]), report=lambda line: None)
 
 

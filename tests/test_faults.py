@@ -415,7 +415,8 @@ import hf_bucket
 lines = []
 print("ready", flush=True)
 sys.stdin.readline()
-made = compile_model(Source(name=sys.argv[1]), CompileOptions(buckets=[int(sys.argv[2])], batch_sizes=[1]), report=lines.append)
+options = CompileOptions(buckets=[int(sys.argv[2])], batch_sizes=[1])
+made = compile_model(Source(name=sys.argv[1]), options, report=lines.append)
 print(made.folder, sum("exporting" in line for line in lines))
 print(hf_bucket.load(made.folder)(["w1 w2"])[0]["logits"].tolist())
 """

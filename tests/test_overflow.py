@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from hf_bucket.encode import Encoder, Truncation, Windows, cut, window_places
+from hf_bucket.encode import Encoder, Truncation, Windows, cut
 from hf_bucket.errors import BucketWarning, InputError, TooLongError
 from hf_bucket.ladder import Bucket, Ladder, make_ladder
 from hf_bucket.overflow import Overflow, make_overflow
@@ -105,7 +106,7 @@ def test_every_policy_can_be_spelled(policy: Overflow) -> None:
         ("window:left", 'side has no meaning with "window"'),
         ("error:left", 'side has no meaning with "error"'),
         ("window:mean,max", "says pool twice"),
-        ("window:stride=-1", "no option 'stride=-1'"),
+        ("window:stride=-1", "stride must be a number of tokens of at least 0, got '-1'"),
         ("window:stride", "no option 'stride'"),
         (None, "overflow is None; write"),
     ],
@@ -175,7 +176,7 @@ def test_pairs_lose_tokens_where_they_are_asked_to(make_runner, policy: str, fir
 
 def test_a_pair_whose_other_text_is_too_long_is_refused(make_runner) -> None:
     runner = make_runner("truncate:only_second")
-    with pytest.raises(TooLongError, match='truncation="only_second"'):
+    with pytest.raises(TooLongError, match=r'by "only_second" .* use "longest_first"'):
         runner([(text_of(20), text_of(10))])
     assert runner.stats()["refused"] == 1
 
@@ -230,7 +231,7 @@ def test_windows_of_a_pair_move_over_one_text_and_keep_the_other(make_runner) ->
     assert list(features.columns["token_type_ids"][0]) == [0] * 6 + [1] * 10
     moved = ENCODER([(long, short)], windows=Windows(max_length=16, stride=3, strategy="longest_first"))
     assert moved.columns["input_ids"][0][10:] == [SEP, *ids_of(short), SEP]
-    with pytest.raises(TooLongError, match=r"input 0 leaves room for 0 tokens per window"):
+    with pytest.raises(TooLongError, match=r"20 of them for its other text.* leaves 0, .*; use a longer bucket$"):
         ENCODER([(long, short)], windows=Windows(max_length=16, stride=3, strategy="only_second"))
 
 
@@ -252,8 +253,47 @@ def test_the_logits_of_windows_are_pooled(make_runner, pool: str, reduce) -> Non
 def test_a_stride_without_progress_is_refused(make_runner) -> None:
     with pytest.raises(TooLongError, match="no more than the stride of 14; use a smaller stride"):
         make_runner("window:stride=14")([text_of(20)])
-    with pytest.raises(InputError, match="no more than the stride of 14; lower it"):
-        window_places(30, 1, 1, 14, 14)
+
+
+PAIRS = [("", text_of(30)), (text_of(30), ""), (text_of(20), text_of(25)), (text_of(5), text_of(40)), text_of(30), "w1"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    texts=st.lists(st.sampled_from(PAIRS), min_size=1, max_size=3),
+    policy=st.sampled_from(
+        [
+            "truncate",
+            "truncate:left",
+            "truncate:head+tail,only_first",
+            "truncate:only_second",
+            "window:stride=2",
+            "window:only_first,stride=0",
+        ]
+    ),
+    typed=st.booleans(),
+)
+def test_rows_of_tokens_are_cut_as_their_texts_would_be(texts: list, policy: str, typed: bool) -> None:
+    """Also without token types, when only the special tokens tell where the second text begins."""
+    chosen = make_overflow(policy)
+    truncation = windows = None
+    if chosen.policy == "truncate":
+        truncation = Truncation(max_length=16, strategy=chosen.strategy, side=chosen.side or "right")
+    else:
+        windows = Windows(max_length=16, stride=chosen.stride or 0, strategy=chosen.strategy)
+    for text in texts:
+        columns = ENCODER([text]).columns
+        (ids,), (types,) = columns["input_ids"], columns["token_type_ids"]
+        if len(ids) <= 16:
+            continue
+        try:
+            expected = ENCODER([text], truncation=truncation, windows=windows).columns["input_ids"]
+        except TooLongError as error:
+            with pytest.raises(TooLongError, match=re.escape(str(error))):
+                ENCODER.places(ids, types if typed else None, truncation=truncation, windows=windows)
+            continue
+        found = ENCODER.places(ids, types if typed else None, truncation=truncation, windows=windows)
+        assert [[ids[place] for place in keep] for keep in found] == [*expected]
 
 
 # --- every door ---

@@ -1,0 +1,264 @@
+"""What the cache keeps for one machine: made once, checked when used, and done without where there is no cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from conftest import text_of
+
+import hf_bucket
+from hf_bucket import machine, session_ort
+from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
+from hf_bucket.cache import MACHINES, cache_root, clear
+from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.errors import ArtifactError, BucketWarning, ProviderError
+from hf_bucket.session_ort import EngineOptions, packed_graph, resolve_provider
+from hf_bucket.source import Source
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+TEXTS = [text_of(length) for length in (1, 5, 6, 13, 14, 3, 2)]
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_bert: Path) -> Artifact:
+    options = CompileOptions(buckets=[8, 16], batch_sizes=[1, 3])
+    return compile_model(Source(name=str(tiny_bert)), options, report=lambda line: None)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def logits(artifact: Artifact, **options: object) -> np.ndarray:
+    runner = hf_bucket.load(artifact.folder, **options)  # type: ignore[arg-type]
+    found = np.stack([row["logits"] for row in runner(TEXTS)])
+    runner.close()
+    return found
+
+
+@pytest.fixture
+def plain(artifact: Artifact) -> np.ndarray:
+    """What the artifact's own graph answers, a text at a time, without anything of ours around it."""
+    engine = onnxruntime.InferenceSession(str(artifact.path(GRAPH)))
+    encoder = hf_bucket.load(artifact.folder, warmup=False).encoder
+    names = [value.name for value in engine.get_inputs()]
+    columns = encoder(TEXTS).columns
+    rows = [{name: np.array([columns[name][row]], dtype=np.int64) for name in names} for row in range(len(TEXTS))]
+    return np.stack([engine.run(["logits"], row)[0][0] for row in rows])
+
+
+@pytest.mark.parametrize("mode", ["shared", "static"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_packed_weights_give_the_graphs_own_answer(
+    artifact: Artifact, plain: np.ndarray, own_cache: Path, mode: str, workers: int
+) -> None:
+    assert np.abs(logits(artifact, mode=mode, workers=workers) - plain).max() < 1e-5
+    assert [path.name for path in own_cache.rglob(WEIGHTS)] == [WEIGHTS]
+
+
+def test_weights_are_packed_once_and_every_session_maps_the_same_file(
+    artifact: Artifact, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = packed_graph(artifact, EngineOptions())
+    monkeypatch.setattr(machine, "write_folder", lambda *arguments: pytest.fail("packed again"))
+    assert packed_graph(artifact, EngineOptions(mode="static", threads=1)) == first
+    assert first is not None
+    runner = hf_bucket.load(artifact.folder, mode="static", workers=2)
+    runner(TEXTS)
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        assert str(first.with_name(WEIGHTS)) in mapped.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone", "no record", "record of nonsense"])
+def test_a_packed_file_that_was_damaged_is_made_again(
+    artifact: Artifact, plain: np.ndarray, own_cache: Path, damage: str
+) -> None:
+    path = packed_graph(artifact, EngineOptions())
+    assert path is not None
+    weights, record = path.with_name(WEIGHTS), path.with_name("files.json")
+    content = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        weights.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "no record":
+        record.unlink()
+    else:
+        record.write_text(json.dumps({GRAPH: "nonsense"}), encoding="utf-8")
+    assert np.abs(logits(artifact) - plain).max() < 1e-5
+    assert weights.read_bytes() == content
+
+
+def test_another_processor_or_onnxruntime_packs_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {machine.machine_key()}
+    for change in (
+        lambda: monkeypatch.setattr(machine, "_cpuinfo", lambda: {"model name": "Z80", "flags": "fpu"}),
+        lambda: monkeypatch.setattr(machine, "_cpuinfo", lambda: {"model name": "Z80", "flags": "fpu avx"}),
+        lambda: monkeypatch.setattr(machine, "version", lambda package: "9.9.9"),
+    ):
+        change()
+        machine.machine_key.cache_clear()
+        keys.add(machine.machine_key())
+    monkeypatch.undo()
+    machine.machine_key.cache_clear()
+    assert len(keys) == 4
+
+
+def test_without_a_cache_the_answer_is_the_same_and_one_warning_says_so(
+    artifact: Artifact, plain: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "_warned", set())
+    with pytest.warns(BucketWarning, match=r"cannot be written .* going on without packed weights"):
+        found = logits(artifact, mode="static", workers=2)
+    assert np.abs(found - plain).max() < 1e-5
+    assert np.abs(logits(artifact) - plain).max() < 1e-5  # without another warning: those are errors here
+
+
+def test_clearing_the_cache_takes_what_was_made_for_this_machine(artifact: Artifact, own_cache: Path) -> None:
+    packed_graph(artifact, EngineOptions())
+    assert (cache_root() / MACHINES).is_dir()
+    clear()
+    assert not (cache_root() / MACHINES).exists()
+
+
+PACKING = """
+import sys, hf_bucket
+print("ready", flush=True)
+sys.stdin.readline()
+print(hf_bucket.load(sys.argv[1])(["w1 w2"])[0]["logits"].tolist())
+"""
+
+
+def test_two_processes_that_pack_at_once_agree(artifact: Artifact, own_cache: Path) -> None:
+    pipe = subprocess.PIPE
+    children = [
+        subprocess.Popen([sys.executable, "-c", PACKING, str(artifact.folder)], stdin=pipe, stdout=pipe, text=True)
+        for _ in range(2)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    answers = [child.communicate("go\n", timeout=120)[0] for child in children]
+    assert answers[0] == answers[1] != ""
+    assert len(list(own_cache.rglob(WEIGHTS))) == 1
+
+
+FORKING = """
+import os, sys, time, hf_bucket
+runners = [hf_bucket.load(sys.argv[1], mode=mode, workers=2, threads=2) for mode in ("shared", "static")]
+texts = ["w1", "w2 w3", "w4 " * 12]
+expected = [[row["logits"].tolist() for row in runner(texts)] for runner in runners]
+time.sleep(0.3)  # until the engines' threads have gone to sleep: one that still spins lets itself be joined
+for way in ("ask", "close", "drop", "ask"):
+    child = os.fork()
+    if child == 0:
+        if way == "ask":
+            assert [[row["logits"].tolist() for row in runner(texts)] for runner in runners] == expected
+        if way == "close":
+            for runner in runners:
+                runner.close()
+        del runners[:]
+        os._exit(0)  # as multiprocessing ends its children; onnxruntime's own destructors hang after a fork
+    print(way, os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_lets_go_of_inherited_sessions_without_waiting_for_their_threads(artifact: Artifact) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, str(artifact.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split("\n")[:-1] == ["ask 0", "close 0", "drop 0", "ask 0"]
+
+
+# providers
+
+
+def test_a_provider_that_is_a_plugin_is_registered_and_gets_its_devices(
+    artifact: Artifact, plain: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """onnxruntime's own CPU devices stand in for a plugin's: the calls are the same."""
+    (tmp_path / "some_plugin.py").write_text("def get_library_path(): return 'here'", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(session_ort, "PLUGINS", {"CPUExecutionProvider": "some_plugin"})
+    registered: list[tuple[str, str]] = []
+    monkeypatch.setattr(session_ort, "_registered", {session_ort.CPU} - {session_ort.CPU})
+    monkeypatch.setattr(session_ort, "_share_arena", lambda: None)
+    monkeypatch.setattr(
+        onnxruntime, "register_execution_provider_library", lambda *arguments: registered.append(arguments)
+    )
+    for _ in range(2):
+        engine = session_ort.open_graph(artifact.path(GRAPH), EngineOptions(provider="CPUExecutionProvider"))
+    assert registered == [("CPUExecutionProvider", "here")]
+    assert engine.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_a_plugin_without_a_device_says_whom_it_found(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "other_plugin.py").write_text("def get_library_path(): return 'here'", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(session_ort, "PLUGINS", {"OpenVINOExecutionProvider": "other_plugin"})
+    monkeypatch.setattr(session_ort, "_registered", {session_ort.CPU})
+    monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda *arguments: None)
+    with pytest.raises(ProviderError, match=r"finds nothing to run on among \[.*\]: .* Intel processors only"):
+        session_ort.open_graph(artifact.path(GRAPH), EngineOptions(provider="OpenVINOExecutionProvider"))
+
+
+def test_a_plugin_that_is_not_installed_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_ort, "PLUGINS", {"OpenVINOExecutionProvider": "no_such_package"})
+    with pytest.raises(ProviderError, match=r"pip install hf-bucket\[openvino\].* use \"auto\" or one of .*CPU"):
+        resolve_provider("OpenVINOExecutionProvider")
+
+
+def test_weights_that_the_manifest_does_not_list_are_refused(artifact: Artifact, tmp_path: Path) -> None:
+    shutil.copytree(artifact.folder, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "bucket_config.json"
+    data = json.loads(manifest.read_text(encoding="utf-8"))
+    del data["sha256"], data["files"][WEIGHTS]
+    manifest.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"does not list model\.onnx\.data, which model.*takes its weights from"):
+        hf_bucket.load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"labels": ["a"]}, "names 1 labels, its graph returns 2 logits", id="a label too few"),
+        pytest.param({"labels": []}, "no labels", id="no labels"),
+        pytest.param({"max_length": 10}, "max_length 10 and a bucket of 16 tokens", id="a maximum under a bucket"),
+        pytest.param({"max_length": -1}, "max_length -1", id="a negative maximum"),
+        pytest.param({"vocab_size": 2}, "vocab_size 2 and pad_id 3 of input_ids", id="padding outside the vocabulary"),
+        pytest.param({"dtype": "float32"}, "input input_ids of float32, expected int64", id="fractions as tokens"),
+        pytest.param({"name": "bla"}, "an input 'bla', expected one of", id="an input nobody knows"),
+    ],
+)
+def test_a_manifest_whose_values_cannot_be_is_refused(
+    artifact: Artifact, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    shutil.copytree(artifact.folder, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "bucket_config.json"
+    data = json.loads(manifest.read_text(encoding="utf-8"))
+    del data["sha256"]
+    holder = data["signature"]["inputs"][0] if change.keys() <= {"dtype", "name"} else data
+    manifest.write_text(json.dumps(data | change if holder is data else data), encoding="utf-8")
+    if holder is not data:
+        holder.update(change)
+        manifest.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=message):
+        hf_bucket.load(tmp_path / "copy")(["w1"])
