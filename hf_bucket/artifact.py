@@ -64,6 +64,11 @@ class Artifact:
         """Return the path of the graph specialised for ``bucket``."""
         return self.path(variant_name(bucket))
 
+    def graph_sha256(self) -> str:
+        """Return a digest of the graph with free dimensions and its weights."""
+        files = [self.manifest.files[name].sha256 for name in (GRAPH, WEIGHTS) if name in self.manifest.files]
+        return hashlib.sha256("".join(files).encode()).hexdigest()
+
     def tokenizer_json(self) -> str:
         """Return the content of ``tokenizer.json``.
 

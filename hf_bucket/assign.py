@@ -44,6 +44,7 @@ def assign(
     *,
     exact: bool = False,
     kinds: Sequence[int] | None = None,
+    promote: bool = True,
 ) -> list[Assignment]:
     """Return the batches that run every row once, shortest buckets first.
 
@@ -55,6 +56,7 @@ def assign(
         lengths: tokens of every row, special tokens included.
         cost: what one run of a bucket costs, in any unit.
         kinds: rows of different kinds never share a batch; None makes all alike.
+        promote: let rows move to a longer bucket; False keeps every row in the smallest length that holds it.
         exact: give a row that is longer than the largest bucket one of its own, outside the ladder.
 
     Raises:
@@ -72,18 +74,20 @@ def assign(
             alone.append(Assignment(bucket=Bucket(batch_size=1, extent=(length,)), rows=(row,)))
         else:
             raise too_long(length, ladder.max_length, maximum=None, row=row)
-    found = [one for _, rows in sorted(groups.items()) for one in _schedule(rows, ladder, cost)]
+    found = [one for _, rows in sorted(groups.items()) for one in _schedule(rows, ladder, cost, promote)]
     return sorted(found, key=lambda one: one.bucket.length) + alone
 
 
-def _schedule(rows: dict[int, list[int]], ladder: Ladder, cost: Cost) -> list[Assignment]:
+def _schedule(rows: dict[int, list[int]], ladder: Ladder, cost: Cost, promote: bool) -> list[Assignment]:
     """Return the cheapest batches for rows that may share any; ``rows`` has them by the length that holds them."""
     shortest = min(rows)
     if rows == {shortest: rows[shortest][:1]}:  # one row alone, as a server gets them
-        bucket = min((bucket for bucket in ladder if bucket.length >= shortest), key=cost)
+        longest = ladder.max_length if promote else shortest
+        bucket = min((bucket for bucket in ladder if shortest <= bucket.length <= longest), key=cost)
         return [Assignment(bucket=bucket, rows=(rows[shortest][0],))]
     lengths = [length for length in ladder.lengths if length >= shortest]
-    covers = _promote([len(rows.get(length, ())) for length in lengths], [ladder.of_length(n) for n in lengths], cost)
+    counts, options = [len(rows.get(length, ())) for length in lengths], [ladder.of_length(n) for n in lengths]
+    covers = _promote(counts, options, cost, most=None if promote else 0)
     waiting: list[int] = []
     assignments: list[Assignment] = []
     for length, runs in zip(lengths, covers, strict=True):
@@ -96,7 +100,9 @@ def _schedule(rows: dict[int, list[int]], ladder: Ladder, cost: Cost) -> list[As
     return assignments
 
 
-def _promote(counts: Sequence[int], options: Sequence[Sequence[Bucket]], cost: Cost) -> list[list[Bucket]]:
+def _promote(
+    counts: Sequence[int], options: Sequence[Sequence[Bucket]], cost: Cost, *, most: int | None
+) -> list[list[Bucket]]:
     """Return the runs of every length, when rows may wait for a longer one.
 
     Dynamic programming over the lengths: ``least[k]`` is the cost of all shorter rows but ``k``, which wait.
@@ -104,8 +110,10 @@ def _promote(counts: Sequence[int], options: Sequence[Sequence[Bucket]], cost: C
     Args:
         counts: rows whose smallest length this is, per length.
         options: buckets of every length.
+        most: rows that may wait at a time; None is twice the largest batch, and at least ``_PROMOTED``.
     """
-    most = max(_PROMOTED, 2 * max(bucket.batch_size for buckets in options for bucket in buckets))
+    if most is None:
+        most = max(_PROMOTED, 2 * max(bucket.batch_size for buckets in options for bucket in buckets))
     least, total = np.zeros(1), 0
     tables, choices = [], []
     for place, count in enumerate(counts):

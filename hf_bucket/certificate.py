@@ -18,7 +18,7 @@ from typing import Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bucket.artifact import GRAPH, Artifact
+from hf_bucket.artifact import GRAPH, Artifact, hash_file
 from hf_bucket.assign import Assignment
 from hf_bucket.batch import Features, pad, unpad
 from hf_bucket.data import Record, check_columns, pick_column, read_records, text_of
@@ -157,7 +157,7 @@ class Evidence:
     Attributes:
         rows: gives the rows in their order, anew each time; those that no bucket holds are left out of a text file.
         expected: the reference's logits. Shape: (row, label).
-        reference, data: as in ``Certificate``.
+        reference, data, data_sha256, checkpoint: as in ``Certificate``.
         too_long: rows left out because they are longer than the largest bucket.
         empty: rows left out because they have no token at all.
     """
@@ -166,6 +166,8 @@ class Evidence:
     expected: NDArray[np.float64]
     reference: str
     data: str
+    data_sha256: str | None = None
+    checkpoint: str | None = None
     too_long: int = 0
     empty: int = 0
 
@@ -223,7 +225,16 @@ def text_evidence(
     name, answer = choose_reference(artifact, checkpoint, report)
     windows = _chunks(watch(rows(), f"{name} answers", n), window)
     expected = np.concatenate([_finite_answers(name, answer, chunk) for chunk in windows])
-    return Evidence(rows=rows, expected=expected, reference=name, data=texts.path.name, too_long=too_long, empty=empty)
+    return Evidence(
+        rows=rows,
+        expected=expected,
+        reference=name,
+        data=texts.path.name,
+        data_sha256=hash_file(texts.path),
+        checkpoint=checkpoint,
+        too_long=too_long,
+        empty=empty,
+    )
 
 
 def _token_rows(texts: Iterable[tuple[int, Text]], encoder: Encoder, window: int) -> Iterator[TokenRow]:
@@ -360,6 +371,8 @@ def _measure(
         precision=precision,
         reference=evidence.reference,
         data=evidence.data,
+        data_sha256=evidence.data_sha256,
+        checkpoint=evidence.checkpoint,
         n=len(deltas),
         max_abs_delta=float(ordered[-1]),
         p99_abs_delta=nearest_rank(ordered, 99),
@@ -404,7 +417,7 @@ def _answers(session: Session, rows: Sequence[TokenRow], signature: Signature) -
 def store(artifact: Artifact, certificates: Sequence[Certificate]) -> Manifest:
     """Write certificates into the manifest in one step and return it; no other file is touched.
 
-    They take the place of earlier ones with the same data, reference and precision; others stay.
+    They take the place of earlier ones with the same data, reference, checkpoint and precision; others stay.
 
     Raises:
         ArtifactError: the artifact was replaced by another one since it was opened.
@@ -420,8 +433,9 @@ def store(artifact: Artifact, certificates: Sequence[Certificate]) -> Manifest:
     return manifest
 
 
-def _subject(certificate: Certificate) -> tuple[str, str, str]:
-    return certificate.data, certificate.reference, certificate.precision
+def _subject(certificate: Certificate) -> tuple[str | None, ...]:
+    told = (certificate.data_sha256, certificate.reference, certificate.checkpoint, certificate.precision)
+    return certificate.data, *told
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -44,9 +44,8 @@ def describe_certificates(certificates: Sequence[Certificate]) -> str:
     rows = [("certificate", "precision", "data", "rows", "with", "max |delta logit|", "p99", "label flips", "verdict")]
     for found in certificates:
         figures = (f"{found.max_abs_delta:.1e}", f"{found.p99_abs_delta:.1e}", str(found.label_flips))
-        rows.append(
-            (found.bucket, found.precision, found.data, str(found.n), found.reference, *figures, _verdict(found))
-        )
+        reference = found.reference if found.checkpoint is None else f"{found.reference}: {found.checkpoint}"
+        rows.append((found.bucket, found.precision, found.data, str(found.n), reference, *figures, _verdict(found)))
     return "\n".join(_aligned(rows))
 
 
@@ -63,7 +62,8 @@ def describe_failure(failed: Certificate) -> str:
     return (
         f"bucket {failed.bucket} ({failed.precision}) does not give the {failed.reference} answer on {failed.data}: a "
         f"logit differs by up to {failed.max_abs_delta:.2g} (p99 {failed.p99_abs_delta:.2g}), allowed is "
-        f"{failed.allowed:.2g}; {failed.label_flips} of {failed.n} rows change their label"
+        f"{failed.allowed:.2g}; {failed.label_flips} of {failed.n} rows change their label. Compile the model "
+        f"again, or compare with the checkpoint it was compiled from, or allow more with --atol"
     )
 
 

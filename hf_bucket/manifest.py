@@ -57,6 +57,8 @@ class Certificate:
         reference: ``"torch"``, unpadded and one row at a time; ``"onnx"``, the source graph at the exact length; or
             ``"bucket"``, the one that each text would otherwise use.
         data: name of the data file without its folder, or ``"probes"``.
+        data_sha256: of the data file; None for the probes.
+        checkpoint: name of the checkpoint that torch ran, if another was asked for than the artifact's own.
         n: rows compared: all that the bucket holds.
         max_abs_delta: largest difference of a logit.
         p99_abs_delta: 99 of 100 rows differ by no more than this in any logit; exact, by nearest rank.
@@ -73,6 +75,8 @@ class Certificate:
     p99_abs_delta: float
     label_flips: int
     allowed: float | None
+    data_sha256: str | None = None
+    checkpoint: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -295,6 +299,8 @@ def _read_certificate(entry: _Reader) -> Certificate:
         p99_abs_delta=entry.take("p99_abs_delta", float),
         label_flips=entry.take("label_flips", int),
         allowed=entry.optional("allowed", float),
+        data_sha256=entry.optional("data_sha256", str),
+        checkpoint=entry.optional("checkpoint", str),
     )
 
 

@@ -22,7 +22,7 @@ from hf_bucket.export import Dtype
 from hf_bucket.ladder import Ladder
 from hf_bucket.manifest import MANIFEST
 from hf_bucket.overflow import OverflowLike
-from hf_bucket.runner import Runner, RunOptions
+from hf_bucket.runner import MEASURE_S, Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode
 from hf_bucket.source import Source
 
@@ -75,6 +75,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         workers: int = 0,
         overflow: OverflowLike = "error",
         warmup: bool = True,
+        measure_s: float = MEASURE_S,
         export: bool | None = None,
         dtype: Dtype = "float32",
         allow_padding_leak: bool = False,
@@ -105,6 +106,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             overflow: for an input longer than the largest bucket ``"error"``, ``"truncate"``, ``"window"`` or
                 ``"dynamic"``, with options as ``overflow.Overflow`` has them: ``"window:max,stride=32"``.
             warmup: run every bucket once before returning, smallest first.
+            measure_s: seconds that the first loading on this machine may spend on measuring what every bucket costs.
             export: True insists on the checkpoint, False on an existing ONNX graph; None takes what is there.
             dtype: of the exported weights.
             allow_padding_leak: compile a model even though padding changes its own answer in torch; by how much is
@@ -142,7 +144,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         engine = EngineOptions(
             mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
         )
-        running = RunOptions(engine=engine, overflow=overflow, warmup=warmup)
+        running = RunOptions(engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s)
         return cls.from_artifact(compile_model(source, compiling, task=cls.task), running)
 
     @classmethod

@@ -17,7 +17,7 @@ from hf_bucket.errors import InputError, InputTypeError, ModelError, ProviderErr
 from hf_bucket.export import Dtype
 from hf_bucket.ladder import Ladder
 from hf_bucket.overflow import OverflowLike, Strategy, make_overflow
-from hf_bucket.runner import Runner, RunOptions
+from hf_bucket.runner import MEASURE_S, Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode
 from hf_bucket.source import DEFAULT_MODEL, Source
 from hf_bucket.tasks import get_task
@@ -258,6 +258,7 @@ def pipeline(
     workers: int = 0,
     overflow: OverflowLike = "truncate",
     warmup: bool = True,
+    measure_s: float = MEASURE_S,
     window: int = 1024,
     export: bool | None = None,
     dtype: Dtype = "float32",
@@ -326,7 +327,7 @@ def pipeline(
         engine = EngineOptions(
             mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
         )
-        options = RunOptions(engine=engine, overflow=overflow, warmup=warmup)
+        options = RunOptions(engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s)
         artifact = compile_model(source, compiling, task=row.name)
         runner = Runner(artifact, options, tokenizer_json=_tokenizer_json(tokenizer))
     elif isinstance(getattr(model, "runner", model), Runner):

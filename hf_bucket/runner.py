@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,18 +16,21 @@ import numpy as np
 from hf_bucket.artifact import Artifact, open_artifact
 from hf_bucket.assign import Assignment, Cost, assign, cells_cost
 from hf_bucket.batch import Array, Features, PaddedBatch, Row, pad, pool, unpad
+from hf_bucket.costs import Clock, Costs, faster_at_once, measure, read_costs, write_costs
 from hf_bucket.encode import Encoder, Text, Truncation, Windows, check_texts
 from hf_bucket.errors import ArtifactError, BucketWarning, InputError, TooLongError, too_long
 from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.machine import machine_folder
 from hf_bucket.overflow import Overflow, OverflowLike, Side, make_overflow
 from hf_bucket.probes import probe_features, probe_rows
 from hf_bucket.session import Session
-from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions
+from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions, resolve_provider
 from hf_bucket.stats import Counts
 from hf_bucket.tasks import Signature
 from hf_bucket.workers import Workers
 
 _ONE = Workers(1)
+MEASURE_S = 1.0  # what the doors spend on measuring, once per model and machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +41,19 @@ class RunOptions:
         engine: how its sessions are made.
         overflow: what happens to an input longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once, smallest first, when the sessions are opened.
+        measure_s: seconds that may be spent on measuring what every bucket costs, where this machine has not done so
+            for this model yet; 0 takes the number of cells instead.
     """
 
     engine: EngineOptions = field(default_factory=EngineOptions)
     overflow: OverflowLike = "error"
     warmup: bool = True
+    measure_s: float = 0.0
 
     def __post_init__(self) -> None:
         make_overflow(self.overflow)
+        if not isinstance(self.measure_s, (int, float)) or not 0 <= self.measure_s < float("inf"):
+            raise InputError(f"measure_s must be a number of seconds of at least 0, got {self.measure_s!r}")
 
 
 class Runner:
@@ -54,7 +63,7 @@ class Runner:
         artifact: what to run.
         options: how.
         tokenizer_json: content of a ``tokenizer.json`` to use instead of the artifact's.
-        cost: what one run of a bucket costs, for choosing among batch sizes.
+        cost: what one run of a bucket costs, for choosing among them; None is measured, as ``options`` say.
         engine: makes the sessions.
         dynamic: makes sessions of any shape, for ``overflow="dynamic"``.
     """
@@ -65,14 +74,14 @@ class Runner:
         options: RunOptions | None = None,
         *,
         tokenizer_json: str | None = None,
-        cost: Cost = cells_cost,
+        cost: Cost | None = None,
         engine: Engine = open_sessions,
         dynamic: Dynamic = open_dynamic,
     ) -> None:
         self.artifact = artifact
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
-        self._cost = cost
+        self._cost, self._at_once = cost, True
         self._overflow = make_overflow(self.options.overflow)
         self._engine, self._dynamic = engine, dynamic
         self._exact: Callable[[Bucket], Session] | None = None
@@ -86,6 +95,10 @@ class Runner:
         self._was_open = False
         self._warn_of_leak()
         self._open()
+        if cost is None and self.options.measure_s:
+            costs = self.measure(self.options.measure_s, again=False)
+            self._at_once = costs.at_once
+            self._cost = costs.of(self.ladder).__getitem__ if costs.tell else None
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
         """Return ``{"logits": array of shape (labels,)}`` for every text, in their order.
@@ -106,7 +119,14 @@ class Runner:
         Rows that are windows of one text are pooled into one. A row longer than the largest bucket, which only
         ``overflow="dynamic"`` lets through, runs alone at its exact length.
         """
-        assignments = assign(features.lengths, self.ladder, self._cost, exact=True, kinds=self._kinds(features))
+        assignments = assign(
+            features.lengths,
+            self.ladder,
+            self._cost or cells_cost,
+            exact=True,
+            kinds=self._kinds(features),
+            promote=self._cost is not None,
+        )
         workers, sessions = self._open(len(assignments))
 
         def run_one(assignment: Assignment) -> tuple[PaddedBatch, dict[int, Row]]:
@@ -249,6 +269,25 @@ class Runner:
         """
         return self._counts.report(self.ladder)
 
+    def measure(self, budget_s: float, *, again: bool = True, clock: Clock = time.perf_counter) -> Costs:
+        """Return what a run of every bucket costs here, and keep it in this machine's cache.
+
+        Args:
+            budget_s: seconds to spend, about; buckets that go over it are predicted.
+            again: measure even though the cache has costs for this ladder.
+        """
+        engine = self.options.engine
+        name = f"{resolve_provider(engine.provider)}-{engine.mode}-{self._many.threads}x{self._many.workers}.json"
+        path = machine_folder(self.artifact.graph_sha256()) / name
+        kept = read_costs(path)
+        if kept.seconds and not again:
+            return kept
+        workers, many = self._open(self._many.workers)
+        seconds = measure(many, self._sample, budget_s=budget_s, clock=clock)
+        at_once = workers.n == 1 or faster_at_once(self._open()[1], many, workers, self._sample, seconds, clock)
+        write_costs(path, Costs(seconds=seconds, at_once=at_once))
+        return read_costs(path) if read_costs(path).seconds else Costs(seconds=seconds, at_once=at_once)
+
     def close(self) -> None:
         """Release the sessions' memory and end the worker threads; a later call opens them again."""
         self._leave_parent()
@@ -280,7 +319,7 @@ class Runner:
         Engine threads do not survive a fork, so a child process opens sessions of its own.
         """
         self._leave_parent()
-        many = batches >= self._many.workers > 1
+        many = batches >= self._many.workers > 1 and self._at_once
         options = self._many if many else self.options.engine
         with self._lock:
             if options.threads not in self._opened:
@@ -308,12 +347,14 @@ class Runner:
             return self._exact(bucket)
 
     def _warm_up(self, sessions: Mapping[Bucket, Session]) -> None:
-        """Run every bucket once, on a row that looks like a text: some heads fail without its special tokens."""
-        size = self.artifact.manifest.vocab_size
         for bucket in self.ladder:
-            rows = probe_rows(self.encoder, bucket.length, size, lengths=[bucket.length])
-            batch = pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), self.signature)
-            sessions[bucket].run(batch.arrays)
+            sessions[bucket].run(self._sample(bucket))
+
+    def _sample(self, bucket: Bucket) -> Mapping[str, Array]:
+        """Return a batch of rows that look like texts: some heads fail without their special tokens."""
+        size = self.artifact.manifest.vocab_size
+        rows = probe_rows(self.encoder, bucket.length, size, lengths=[bucket.length])
+        return pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), self.signature).arrays
 
     def _check_lengths(self, lengths: Sequence[int], first_row: int, *, exact: bool = False) -> None:
         largest, maximum = self.ladder.max_length, self.max_length
@@ -399,6 +440,7 @@ def load(
     workers: int = 0,
     overflow: OverflowLike = "error",
     warmup: bool = True,
+    measure_s: float = MEASURE_S,
 ) -> Runner:
     """Return a runner for the artifact in a folder; torch is never imported.
 
@@ -410,6 +452,7 @@ def load(
         threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once before returning, smallest first.
+        measure_s: seconds that the first loading on this machine may spend on measuring what every bucket costs.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, altered or from a newer version.
@@ -418,4 +461,5 @@ def load(
     engine = EngineOptions(
         mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
     )
-    return Runner(open_artifact(artifact_dir), RunOptions(engine=engine, overflow=overflow, warmup=warmup))
+    options = RunOptions(engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s)
+    return Runner(open_artifact(artifact_dir), options)

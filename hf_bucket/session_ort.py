@@ -126,7 +126,7 @@ def packed_graph(artifact: Artifact, options: EngineOptions) -> Path | None:
         settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         _start(artifact.path(GRAPH), settings, {"providers": [CPU]})
 
-    folder = machine_folder(artifact.manifest.files[GRAPH].sha256 + artifact.manifest.files[WEIGHTS].sha256)
+    folder = machine_folder(artifact.graph_sha256())
     made = made_once(folder / "packed", pack, "packed weights")
     return None if made is None else made / GRAPH
 

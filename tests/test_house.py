@@ -22,7 +22,7 @@ ROOMS = (
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "describe", "stats", "workers"},
     {"facts", "probes", "machine"},
-    {"session_ort"},
+    {"session_ort", "costs"},
     {"export", "runner", "systems"},
     {"compile", "evaluate", "certificate"},
     {"models", "pipelines", "glue"},

@@ -1,0 +1,167 @@
+"""What one run of every bucket costs on this machine: measured, kept in the cache, predicted where it was not."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from hf_bucket.assign import cells_cost
+from hf_bucket.batch import Array
+from hf_bucket.errors import InputError, LadderError
+from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.machine import read_figures, write_figures
+from hf_bucket.session import Session
+from hf_bucket.workers import Workers
+
+Batches = Callable[[Bucket], Mapping[str, Array]]
+Sessions = Mapping[Bucket, Session]
+Clock = Callable[[], float]
+
+ROUNDS = 9  # runs of one bucket at most: a median of more tells nothing new
+SHORTEST_S = 0.001  # what Python does around a run costs as much, and the clock's noise is larger than differences
+_NAME = re.compile(r"b([0-9]{1,7})_s([0-9]{1,7})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Seconds of one run per bucket, on one thread of its own where batches run at once.
+
+    Called with a bucket it returns its seconds: the measured ones, or for a bucket that was not measured those that
+    ``a + b * cells + c * cells * length`` predicts, fitted to the others (attention is what grows with the square).
+
+    Attributes:
+        seconds: medians of what was measured.
+        at_once: whether several batches on one thread each were faster than one after another on every core.
+    """
+
+    seconds: Mapping[Bucket, float]
+    at_once: bool = True
+
+    def __post_init__(self) -> None:
+        if any(not 0 < value < float("inf") for value in self.seconds.values()):
+            raise InputError("costs must be positive numbers of seconds; measure again with hf-bucket tune")
+
+    def __call__(self, bucket: Bucket) -> float:
+        measured = self.seconds.get(bucket)
+        return self.predict(bucket) if measured is None else measured
+
+    @property
+    def tell(self) -> bool:
+        """Whether there are costs, and of runs long enough to tell one bucket from another."""
+        return bool(self.seconds) and min(self.seconds.values()) >= SHORTEST_S
+
+    def of(self, ladder: Ladder) -> dict[Bucket, float]:
+        """Return the cost of every bucket of a ladder, none less than that of a bucket it could stand in for."""
+        costs: dict[Bucket, float] = {}
+        for bucket in ladder:
+            within = [one for one in costs if one.batch_size <= bucket.batch_size and one.length <= bucket.length]
+            costs[bucket] = max([self(bucket), *(costs[one] for one in within)])
+        return costs
+
+    def predict(self, bucket: Bucket) -> float:
+        """Return what the fit says of a bucket; in cells, as ``assign.cells_cost``, where nothing was measured."""
+        if not self.seconds:
+            return cells_cost(bucket)
+        return float(np.dot(_fit(tuple(self.seconds.items())), _terms(bucket)))
+
+    def to_json(self) -> dict[str, object]:
+        """Return what ``from_json`` reads."""
+        return {"at_once": self.at_once, "seconds": {bucket.name: value for bucket, value in self.seconds.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> Costs:
+        """Return the costs that ``to_json`` wrote; what cannot be read is left out, and is measured again."""
+        seconds, found = data.get("seconds"), {}
+        for name, value in seconds.items() if isinstance(seconds, dict) else ():
+            sizes = _NAME.fullmatch(name)
+            if sizes and isinstance(value, float) and 0 < value < float("inf"):
+                with contextlib.suppress(LadderError):
+                    found[Bucket(batch_size=int(sizes[1]), extent=(int(sizes[2]),))] = value
+        return cls(seconds=found, at_once=data.get("at_once") is not False)
+
+
+def _terms(bucket: Bucket) -> tuple[float, float, float]:
+    return 1.0, float(bucket.cells), float(bucket.cells * bucket.length)
+
+
+def _fit(seconds: tuple[tuple[Bucket, float], ...]) -> tuple[float, ...]:
+    """Return the factors of ``_terms`` that fit best, none negative, by relative error."""
+    terms = np.array([_terms(bucket) for bucket, _ in seconds])
+    times = np.array([value for _, value in seconds])
+    for columns in ([0, 1, 2], [0, 1], [1, 2], [1]):
+        factors, *_ = np.linalg.lstsq(terms[:, columns] / times[:, None], np.ones(len(times)), rcond=None)
+        if len(times) >= len(columns) and (factors >= 0).all():
+            break
+    fitted = np.zeros(3)
+    fitted[columns] = factors
+    return tuple(float(factor) for factor in fitted)
+
+
+def measure(
+    sessions: Sessions, batches: Batches, *, budget_s: float, clock: Clock = time.perf_counter
+) -> dict[Bucket, float]:
+    """Return the median seconds of a run of every bucket that the budget allows for, measured in turns.
+
+    Smaller buckets come first; one whose run would go over the budget is left out, but the smallest never. The first
+    run of a bucket prepares its memory and counts only where there is no other.
+
+    Args:
+        batches: makes what a bucket runs on.
+        budget_s: seconds to spend, about.
+    """
+    end = clock() + budget_s
+    runs: dict[Bucket, list[float]] = {bucket: [] for bucket in sorted(sessions, key=lambda bucket: bucket.cells)}
+    for _ in range(ROUNDS + 1):
+        for bucket, times in runs.items():
+            start = clock()
+            expected = times[-1] if times else 0.0
+            if start + expected > end and any(runs.values()):
+                continue
+            arrays = batches(bucket)
+            start = clock()
+            sessions[bucket].run(arrays)
+            times.append(clock() - start)
+    return {bucket: median(times[1:] or times) for bucket, times in runs.items() if times}
+
+
+def faster_at_once(
+    one: Sessions, many: Sessions, workers: Workers, batches: Batches, seconds: Mapping[Bucket, float], clock: Clock
+) -> bool:
+    """Return whether as many batches as there are workers take less time at once than one after another.
+
+    Args:
+        one: sessions that use every core for one batch.
+        many: sessions that use one thread each.
+        seconds: of ``many``; the largest bucket that takes at most a tenth of a second is tried.
+    """
+    quick = [bucket for bucket, value in seconds.items() if value <= 0.1] or [min(seconds, key=seconds.__getitem__)]
+    bucket = max(quick, key=lambda bucket: bucket.cells)
+    feeds = [batches(bucket)] * workers.n
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(4):
+        for at_once in (True, False):
+            start = clock()
+            if at_once:
+                workers.map(many[bucket].run, feeds)
+            else:
+                for feed in feeds:
+                    one[bucket].run(feed)
+            times[at_once].append(clock() - start)
+    return median(times[True][1:]) <= median(times[False][1:])
+
+
+def read_costs(path: Path) -> Costs:
+    """Return the costs kept in a file; none where there is no such file, or it is damaged."""
+    return Costs.from_json(read_figures(path))
+
+
+def write_costs(path: Path, costs: Costs) -> None:
+    """Keep costs in a file of the machine's cache, with those of other buckets that it has already."""
+    write_figures(path, Costs(seconds={**read_costs(path).seconds, **costs.seconds}, at_once=costs.at_once).to_json())

@@ -1,0 +1,206 @@
+"""What buckets cost here: measured within a budget, kept, predicted where there was no time, used for scheduling."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import fake_artifact, fake_engine, text_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_bucket.assign import cells_cost
+from hf_bucket.batch import Array
+from hf_bucket.costs import Costs, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.errors import InputError
+from hf_bucket.ladder import Bucket, Ladder, make_ladder
+from hf_bucket.runner import Runner, RunOptions
+from hf_bucket.session import FakeSession
+from hf_bucket.session_ort import EngineOptions
+from hf_bucket.workers import Workers
+
+LADDER = make_ladder([8, 16, 32], batch_sizes=[1, 4])
+SMALL, LARGE = LADDER.buckets[0], LADDER.buckets[-1]
+
+
+class Time:
+    """A clock that only sessions move on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Slow(FakeSession):
+    """A session that takes as long as it has cells, and longer the first time."""
+
+    time: Time
+    per_cell_s = 0.001
+    first_s = 0.0
+    runs = 0
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        self.time.now += self.bucket.cells * self.per_cell_s + (0 if self.runs else self.first_s)
+        self.runs += 1
+        return {} if not arrays else super().run(arrays)
+
+
+def slow_sessions(ladder: Ladder, time: Time, **options: float) -> dict[Bucket, FakeSession]:
+    kind = type("Kind", (Slow,), {"time": time, **options})
+    return {bucket: kind(bucket) for bucket in ladder}
+
+
+def nothing(bucket: Bucket) -> dict[str, Array]:
+    return {}
+
+
+# measuring
+
+
+def test_every_bucket_gets_the_median_of_its_runs_without_the_first() -> None:
+    time = Time()
+    found = measure(slow_sessions(LADDER, time, first_s=5.0), nothing, budget_s=1000, clock=time)
+    assert found == pytest.approx({bucket: bucket.cells * 0.001 for bucket in LADDER})
+
+
+@settings(deadline=None)
+@given(budget_s=st.floats(0, 2))
+def test_the_budget_is_kept_but_for_one_run_of_what_is_not_known_yet(budget_s: float) -> None:
+    time = Time()
+    found = measure(slow_sessions(LADDER, time), nothing, budget_s=budget_s, clock=time)
+    assert found.keys() >= {SMALL}
+    assert time.now <= budget_s + LARGE.cells * 0.001 + 1e-9
+    assert list(found) == sorted(found, key=lambda bucket: bucket.cells)[: len(found)]
+
+
+def test_batches_run_at_once_only_where_that_is_faster() -> None:
+    time, workers = Time(), Workers(1)  # a worker that runs one after another adds up the time of both
+    every_core, one_thread = (slow_sessions(LADDER, time, per_cell_s=cost) for cost in (0.001, 0.0015))
+    seconds = {SMALL: 0.01}
+    assert faster_at_once(one_thread, every_core, workers, nothing, seconds, time)
+    assert not faster_at_once(every_core, one_thread, workers, nothing, seconds, time)
+
+
+# predicting
+
+
+@settings(deadline=None)
+@given(
+    factors=st.tuples(st.floats(0, 1e-3), st.floats(1e-6, 1e-3), st.floats(0, 1e-6)),
+    left_out=st.sampled_from(list(make_ladder([8, 16, 32, 64], batch_sizes=[1, 4, 8]))),
+)
+def test_a_cost_that_follows_the_formula_is_predicted(factors: tuple[float, float, float], left_out: Bucket) -> None:
+    def true(bucket: Bucket) -> float:
+        return factors[0] + factors[1] * bucket.cells + factors[2] * bucket.cells * bucket.length
+
+    ladder = make_ladder([8, 16, 32, 64], batch_sizes=[1, 4, 8])
+    costs = Costs(seconds={bucket: true(bucket) for bucket in ladder if bucket != left_out})
+    assert costs(left_out) == pytest.approx(true(left_out), rel=0.01)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(list(LADDER)), st.floats(1e-5, 10), max_size=6))
+def test_no_bucket_costs_less_than_one_it_could_stand_in_for(seconds: dict[Bucket, float]) -> None:
+    found = Costs(seconds=seconds).of(LADDER)
+    assert list(found) == list(LADDER)
+    for one in LADDER:
+        assert found[one] > 0
+        for other in LADDER:
+            if one.batch_size <= other.batch_size and one.length <= other.length:
+                assert found[one] <= found[other]
+
+
+def test_where_nothing_was_measured_cells_are_the_cost() -> None:
+    assert Costs(seconds={}).of(LADDER) == {bucket: cells_cost(bucket) for bucket in LADDER}
+    assert not Costs(seconds={}).tell
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_cost_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(InputError, match="costs must be positive numbers of seconds"):
+        Costs(seconds={SMALL: seconds})
+
+
+# keeping
+
+
+def test_costs_are_kept_beside_those_of_other_ladders(tmp_path: Path) -> None:
+    path = tmp_path / "machine" / "costs.json"
+    assert read_costs(path) == Costs(seconds={})
+    write_costs(path, Costs(seconds={SMALL: 0.5, LARGE: 0.75}))
+    write_costs(path, Costs(seconds={LARGE: 1.5}, at_once=False))
+    assert read_costs(path) == Costs(seconds={SMALL: 0.5, LARGE: 1.5}, at_once=False)
+    assert [entry.name for entry in path.parent.iterdir()] == ["costs.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"seconds": 3}', '{"seconds": {"b1_s8": -1.0, "x": 1.0, "b0_s8": 1.0, "b1_s8x8": 1.0}}']
+)
+def test_costs_that_were_damaged_are_measured_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "costs.json").write_text(text, encoding="utf-8")
+    assert read_costs(tmp_path / "costs.json") == Costs(seconds={})
+
+
+# using
+
+
+@pytest.fixture
+def make_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    artifact = fake_artifact(tmp_path / "fake", make_ladder([8, 16], batch_sizes=[1, 4]))
+
+    def make(measure_s: float, run_s: float = 0.01) -> Runner:
+        """A runner on which every run takes the same time, whatever the shape."""
+        same = dict.fromkeys(artifact.manifest.ladder, run_s)
+        monkeypatch.setattr("hf_bucket.runner.measure", lambda sessions, batches, **options: same)
+        options = RunOptions(engine=EngineOptions(workers=1), measure_s=measure_s)
+        return Runner(artifact, options, engine=fake_engine)
+
+    return make
+
+
+def batches(runner: Runner) -> dict[str, int]:
+    return {name: figures["batches"] for name, figures in runner.stats()["buckets"].items() if figures["batches"]}
+
+
+def test_measured_costs_decide_which_rows_share_a_batch(make_runner) -> None:
+    texts = ["w1", text_of(10), "w2", text_of(12)]
+    plain, measured = make_runner(0.0), make_runner(10.0)
+    found = [row["logits"].tolist() for row in measured(texts)]
+    assert found == [row["logits"].tolist() for row in plain(texts)]
+    assert batches(plain) == {"b4_s8": 1, "b1_s16": 2}
+    assert batches(measured) == {"b4_s16": 1}, "every run costs the same, so one is best"
+
+
+def test_runs_too_short_to_tell_apart_leave_every_row_in_its_smallest_bucket(make_runner) -> None:
+    runner = make_runner(10.0, run_s=0.0001)
+    runner(["w1", text_of(10), "w2", text_of(12)])
+    assert batches(runner) == {"b4_s8": 1, "b1_s16": 2}
+
+
+def test_a_machine_measures_a_model_once(make_runner) -> None:
+    make_runner(10.0)
+    again = make_runner(10.0, run_s=5.0)
+    assert again.measure(1.0, again=False)(SMALL) == 0.01
+    assert again.measure(1.0)(SMALL) == 5.0
+
+
+def test_costs_survive_pickling() -> None:
+    costs = Costs(seconds={SMALL: 0.5}).of(LADDER).__getitem__
+    again = pickle.loads(pickle.dumps(costs))
+    assert [again(bucket) for bucket in LADDER] == [costs(bucket) for bucket in LADDER]
+
+
+@pytest.mark.parametrize("measure_s", [-1, float("nan"), float("inf"), "1"])
+def test_a_budget_that_is_none_is_refused(measure_s: object) -> None:
+    with pytest.raises(InputError, match="measure_s must be a number of seconds of at least 0"):
+        RunOptions(measure_s=measure_s)  # type: ignore[arg-type]
+
+
+def test_numbers_of_another_kind_are_left_out() -> None:
+    assert Costs.from_json({"seconds": {"b1_s8": np.nan, "b1_s16": 1}}) == Costs(seconds={})
