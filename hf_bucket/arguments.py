@@ -21,6 +21,7 @@ examples:
   hf-bucket inspect my-model
   echo "a dull, endless film" | hf-bucket predict my-model --kind text
   hf-bucket validate my-model --data texts.csv
+  hf-bucket tune my-model
   hf-bucket eval --task sst2 --model MODEL --buckets 64,128 --data-dir GLUE
   hf-bucket cache
 
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf-bucket {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_plan, _add_compile, _add_inspect, _add_validate, _add_predict, _add_eval, _add_cache):
+    for add in (_add_plan, _add_compile, _add_inspect, _add_validate, _add_tune, _add_predict, _add_eval, _add_cache):
         add(commands)
     return parser
 
@@ -123,6 +124,16 @@ def _add_predict(commands: Commands) -> None:
     parser.add_argument("--window", type=count, default=1024, help="rows read ahead (default: 1024)")
     _add_output_flags(parser)
     parser.set_defaults(command="predict")
+
+
+def _add_tune(commands: Commands) -> None:
+    parser = commands.add_parser("tune", help="measure what every bucket costs on this machine, and keep it")
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--seconds", type=difference, default=10.0, help="to spend, about (default: 10)")
+    parser.add_argument("--mode", choices=("shared", "static"), default="shared", help="default: shared")
+    parser.add_argument("--provider", default="auto", help="onnxruntime execution provider (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.set_defaults(command="tune")
 
 
 def _add_eval(commands: Commands) -> None:

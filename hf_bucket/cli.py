@@ -211,13 +211,27 @@ def _watch(rows: Iterable[T], what: str, total: int) -> Iterable[T]:
     return rows
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from hf_bucket.artifact import open_artifact
+    from hf_bucket.describe import describe_costs
+    from hf_bucket.runner import Runner, RunOptions
+    from hf_bucket.session_ort import EngineOptions
+
+    engine = EngineOptions(mode=options.mode, provider=options.provider)
+    runner = Runner(open_artifact(options.artifact), RunOptions(engine=engine))
+    costs = runner.measure(options.seconds)
+    print(json.dumps(costs.to_json(), indent=2) if options.json else describe_costs(costs, runner.ladder))
+    runner.close()
+    return 0
+
+
 def _predict(options: argparse.Namespace) -> int:
     from hf_bucket.compile import CompileOptions, compile_model, from_recipe
     from hf_bucket.data import check_columns, read_records
     from hf_bucket.pipelines import CallOptions, TextClassificationPipeline
     from hf_bucket.predict import LineWriter, predict
     from hf_bucket.recipe import read_recipe
-    from hf_bucket.runner import Runner, RunOptions
+    from hf_bucket.runner import MEASURE_S, Runner, RunOptions
     from hf_bucket.session_ort import EngineOptions
 
     if (options.model is None) == (options.recipe is None):
@@ -241,7 +255,7 @@ def _predict(options: argparse.Namespace) -> int:
         mode=options.mode or (recipe.mode if recipe else "shared"),
         provider=options.provider or (recipe.provider if recipe else "auto"),
     )
-    runner = Runner(compile_model(source, compiling), RunOptions(engine=engine))
+    runner = Runner(compile_model(source, compiling), RunOptions(engine=engine, measure_s=MEASURE_S))
     overflow = options.overflow or (recipe.overflow if recipe else "truncate")
     classify = TextClassificationPipeline(runner, CallOptions(), overflow=overflow, window=options.window)
     with LineWriter(options.output) as lines, _progress(options.input) as advance:
@@ -371,6 +385,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compile": _compile,
     "inspect": _inspect,
     "validate": _validate,
+    "tune": _tune,
     "predict": _predict,
     "eval": _eval,
     "cache": _cache,

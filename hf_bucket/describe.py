@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from hf_bucket.artifact import WEIGHTS, Artifact
+from hf_bucket.ladder import Ladder
 from hf_bucket.manifest import Certificate, Validation
+
+if TYPE_CHECKING:
+    from hf_bucket.costs import Costs
 
 
 def describe_artifact(artifact: Artifact) -> str:
@@ -65,6 +70,21 @@ def describe_failure(failed: Certificate) -> str:
         f"{failed.allowed:.2g}; {failed.label_flips} of {failed.n} rows change their label. Compile the model "
         f"again, or compare with the checkpoint it was compiled from, or allow more with --atol"
     )
+
+
+def describe_costs(costs: Costs, ladder: Ladder) -> str:
+    """Return a table of what every bucket costs on this machine, and how many batches run best."""
+    rows = [("bucket", "ms a run", "us a cell", "from")]
+    for bucket in ladder:
+        seconds, origin = costs(bucket), "measured" if bucket in costs.seconds else "predicted"
+        rows.append((bucket.name, f"{seconds * 1e3:.3g}", f"{seconds * 1e6 / bucket.cells:.3g}", origin))
+    many = "at once, one thread each" if costs.at_once else "one after another, each on every core"
+    used = (
+        ""
+        if costs.tell
+        else "\nThese runs are too short to tell buckets apart: rows go to the smallest that holds them."
+    )
+    return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{used}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:

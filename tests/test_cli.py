@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import hf_bucket
 from hf_bucket.cli import COMMANDS, main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -189,3 +190,16 @@ def test_labelled_files_of_the_users_own_are_evaluated(capfd, tiny_bert: Path, t
 def test_the_cache_can_be_listed(capfd, artifact: Path) -> None:
     status, out, _ = run(capfd, "cache")
     assert (status, "compiled models in" in out) == (0, True)
+
+
+def test_tune_says_what_every_bucket_costs_here_and_keeps_it(
+    capfd, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    status, out, _ = run(capfd, "tune", str(artifact), "--seconds", "0.2")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == [b.name for b in hf_bucket.load(artifact).ladder]
+    assert "Many batches are faster" in out
+    status, out, _ = run(capfd, "tune", str(artifact), "--seconds", "0.1", "--json")
+    assert (status, set(json.loads(out))) == (0, {"at_once", "seconds"})
+    assert len(list((tmp_path / "cache").rglob("CPUExecutionProvider-shared-*.json"))) == 1
