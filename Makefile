@@ -4,6 +4,8 @@ VENV ?= .venv
 DEMO ?= demo
 JOBS ?= 2
 RUNS ?= 20000
+ENVIRONMENTS ?= build/bench
+BENCH ?=
 TARGETS ?= manifest recipe data path
 BIN = $(VENV)/bin
 REVIEWS = hf_bucket/default/reviews.jsonl
@@ -11,7 +13,7 @@ LADDER = --buckets auto --n-buckets 6
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo install test house lint types check fuzz architectures bench-overhead clean
+.PHONY: help demo install test house lint types check fuzz architectures bench bench-environments bench-overhead clean
 
 help:
 	@echo "make demo            compile the bundled model, compare it with torch, draw the charts (in $(DEMO)/)"
@@ -22,6 +24,8 @@ help:
 	@echo "make check           lint, types and test, as continuous integration does"
 	@echo "make fuzz            atheris on the readers and on the path from text to result (RUNS=$(RUNS) of each)"
 	@echo "make architectures   every model type of transformers, compared with torch (an hour or two; resumes)"
+	@echo "make bench           hf_bucket and its rivals in turns (hours; needs HF_BUCKET_TEST_ASSETS; BENCH=arguments)"
+	@echo "make bench-environments  build the rivals' environments in $(ENVIRONMENTS)/"
 	@echo "make bench-overhead  what routing and padding cost (needs a model: MODEL=, DATA=)"
 	@echo "make clean           remove the virtual environment and caches"
 
@@ -81,6 +85,12 @@ fuzz: $(VENV)/.fuzz  ## what is found lies in build/fuzz/<target>/crash-*
 
 architectures: install
 	$(BIN)/python scripts/architectures.py --jobs $(JOBS)
+
+bench: install
+	$(BIN)/python benchmarks/bench.py --environments $(ENVIRONMENTS) --page docs/benchmarks.md $(BENCH)
+
+bench-environments: install  ## each is gigabytes; one that cannot be built costs its rows only
+	$(BIN)/python benchmarks/bench_environments.py --environments $(ENVIRONMENTS)
 
 bench-overhead: install
 	$(BIN)/python benchmarks/overhead.py --model $(MODEL) --data-dir $(DATA)
