@@ -285,9 +285,12 @@ def measure(
     request.texts_path.parent.mkdir(parents=True, exist_ok=True)
     data = {"texts": request.data.texts, "calibration": request.data.calibration}
     request.texts_path.write_text(json.dumps(data), encoding="utf-8")
-    peak, reference = refer(request, start)
+    before = matrix_product(start)
+    reference = refer(request, start)
     turns = Turns(request, systems, start, reserve_bytes=reserve_bytes, say=say)
     measured = turns.run()
+    after = matrix_product(start)
+    peak = {library: max(gflops, after[library]) for library, gflops in before.items()}
     sizes = Sizes.of(request.model)
     work = Work(
         texts=len(request.lengths),
@@ -314,18 +317,27 @@ def measure(
     }
 
 
-def refer(request: Request, start: Start) -> tuple[dict[str, float], Reference]:
-    """Return the machine's matrix product in GFLOP/s, and what plain torch says, one text at a time."""
+def matrix_product(start: Start) -> dict[str, float]:
+    """Return the machine's speed in GFLOP/s, by library."""
     worker = start(REFERENCE)
     try:
-        peak = worker.ask("peak", size=2048, repeats=10, threads=usable_cores())["gflops"]
+        gflops: dict[str, float] = worker.ask("peak", size=2048, repeats=10, threads=usable_cores())["gflops"]
+    finally:
+        worker.close()
+    return gflops
+
+
+def refer(request: Request, start: Start) -> Reference:
+    """Return what plain torch says, one text at a time."""
+    path = request.texts_path.with_name("reference.npy").absolute()
+    worker = start(REFERENCE)
+    try:
         worker.ask("load", **request.job(REFERENCE))
-        path = request.texts_path.with_name("reference.npy").absolute()
         worker.ask("verify", path=str(path))
         labels = worker.ask("run")["labels"]
     finally:
         worker.close()
-    return peak, Reference(logits=np.load(path), labels=tuple(labels))
+    return Reference(logits=np.load(path), labels=tuple(labels))
 
 
 def is_done(path: Path, *, systems: Sequence[str], settings: Mapping[str, Any]) -> bool:

@@ -90,7 +90,7 @@ def flat_texts(words: Sequence[str], n: int, *, length: int, tokenizer: Tokenize
     supply = cycle([(word, size) for word, size in zip(words, sizes, strict=True) if size > 0])
     texts = []
     for _ in range(n):
-        chosen = _fill(supply, length - special, limit=2 * len(words))
+        chosen = _fill(supply, length - special, limit=length * len(words))
         text = " ".join(chosen)
         if len(tokenizer.encode(text).ids) != length:
             raise ValueError(f"{len(chosen)} words made {len(tokenizer.encode(text).ids)} tokens, expected {length}")

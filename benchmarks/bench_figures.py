@@ -150,8 +150,9 @@ def table(result: Mapping[str, Any]) -> str:
     """Return the result of one data set in Markdown: a caption, a row per system, fastest first, and who is missing."""
     rows = [_cells(name, one) for name, one in by_speed(result)]
     lines = [_line(_HEADER), _line(["---", *["---:"] * (len(_HEADER) - 1)]), *map(_line, rows)]
+    lines += ["", *_environments(result)]
     missing = [f"- not measured: {name}: {reason}" for name, reason in result["not_measured"].items()]
-    return "\n".join([caption(result), "", *lines, *([""] if missing else []), *missing])
+    return "\n".join([caption(result), "", *lines, *missing])
 
 
 def by_speed(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -161,14 +162,22 @@ def by_speed(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def caption(result: Mapping[str, Any]) -> str:
     """Return in one paragraph how a result was measured."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     peak = result["peak_gflops"]
     return (
         f"{result['n']:,} texts, {result['real_tokens']:,} real tokens (at most {result['max_length']} per text), "
         f"{result['rounds']} rounds in turns after an untimed one, float32, batches of 32. {result['processor']}, "
-        f"{result['usable_cores']} cores, matrix product {max(peak.values()):.0f} GFLOP/s. Python {result['python']}, "
-        f"{versions}. `{result['command']}`"
+        f"{result['usable_cores']} cores, matrix product {max(peak.values()):.0f} GFLOP/s; hf_bucket "
+        f"{result['versions']['hf-bucket']}. `{result['command']}`"
     )
+
+
+def _environments(result: Mapping[str, Any]) -> list[str]:
+    """Return a line with the versions of every environment that took part."""
+    found = {one["environment"]: one["versions"] for one in result["systems"].values()}
+    return [
+        f"- environment {name}: {', '.join(f'{package} {number}' for package, number in versions.items())}"
+        for name, versions in sorted(found.items())
+    ]
 
 
 def _line(cells: Iterable[str]) -> str:

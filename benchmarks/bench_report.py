@@ -50,8 +50,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(len(systems) - 0.4, -0.6)
     axes.set_xlim(0, 1.25 * max(one["max"] for one in speeds))
     axes.set_xlabel(
-        "texts per second, more is better: median round, whiskers slowest and fastest (speed, hf_bucket = 1)"
+        "texts per second (more is better); in brackets: hf_bucket = 1\nmedian, slowest and fastest round",
+        fontsize=8,
     )
+    axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{result['set']}, {result['model']}: {result['n']:,} texts", fontsize=11, fontweight="bold")

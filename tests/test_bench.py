@@ -42,6 +42,7 @@ def measured(*seconds: float, **changes: Any) -> Measured:
         load_s=(1.0, 3.0),
         prepare_s=None,
         first_pass_s=0.5,
+        versions={"python": "3.11", "torch": "2.13"},
     )
     return replace(base, **changes)
 
@@ -110,7 +111,7 @@ def result_of(systems: Mapping[str, Any], missing: Mapping[str, str]) -> dict[st
         "processor": "a processor",
         "usable_cores": 2,
         "python": "3.11",
-        "versions": {"torch": "2.13"},
+        "versions": {"hf-bucket": "0.1.0"},
         "command": "python benchmarks/bench.py",
         "peak_gflops": {"numpy": 10.0},
         "systems": systems,
@@ -121,8 +122,8 @@ def result_of(systems: Mapping[str, Any], missing: Mapping[str, str]) -> dict[st
 def two_systems() -> dict[str, Any]:
     ours, rival = measured(1, 1, 2), measured(2, 4, 6, cells=None)
     return {
-        "rival": figures(rival, ours, reference=REFERENCE, work=WORK),
-        OURS: figures(ours, ours, reference=REFERENCE, work=WORK),
+        name: {"environment": environment, **figures(one, ours, reference=REFERENCE, work=WORK)}
+        for name, environment, one in (("rival", "st", rival), (OURS, "project", ours))
     }
 
 
@@ -132,6 +133,7 @@ def test_the_table_has_the_fastest_first_and_says_who_is_missing() -> None:
     assert [row.split(" | ")[0] for row in rows] == [f"| **{OURS}**", "| rival"]
     assert " | 4.00 | 3.00 (2.00-4.00) | " in rows[1]
     assert len({row.count(" | ") for row in rows}) == 1
+    assert lines[-3:-1] == [f"- environment {name}: python 3.11, torch 2.13" for name in ("project", "st")]
     assert lines[-1] == "- not measured: other: its environment st is missing"
 
 
@@ -190,14 +192,20 @@ def test_flat_texts_have_one_length_and_are_always_the_same(n: int, length: int,
     assert texts == flat_texts(words, n, length=length, tokenizer=tokenizer)
 
 
+def test_a_word_too_long_for_the_rest_of_a_flat_text_is_left_out() -> None:
+    words = ["w1 w2 w3", "w4"]  # as a subword tokenizer sees them: of three tokens, and of one
+    texts = flat_texts(words, 2, length=8, tokenizer=tiny_tokenizer())
+    assert texts == ("w1 w2 w3 w4 w4 w4", "w1 w2 w3 w4 w4 w4")
+
+
 def test_lengths_are_those_after_truncation() -> None:
     pair = (text_of(9), text_of(9))
     assert lengths_of(tiny_tokenizer(), [text_of(3), text_of(60), pair], max_length=20) == [5, 20, 20]
 
 
-def test_too_few_words_for_a_flat_text_are_an_error() -> None:
-    with pytest.raises(ValueError, match="2 words made 4 tokens, expected 64"):
-        flat_texts(["w1"], 1, length=64, tokenizer=tiny_tokenizer())
+def test_words_that_cannot_make_a_flat_text_are_an_error() -> None:
+    with pytest.raises(ValueError, match="31 words made 64 tokens, expected 65"):
+        flat_texts(["w1 w2"], 1, length=65, tokenizer=tiny_tokenizer())
 
 
 # --- turns ---------------------------------------------------------------------------------------------------
@@ -286,8 +294,10 @@ def test_the_reference_is_gone_before_anything_is_timed_and_every_process_is_end
     start = Fakes()
     bench.measure(request_of_three, [system(name) for name in NAMES], start, say=quiet)
     reference = bench.REFERENCE.name
-    assert start.journal[:5] == [(do, reference) for do in ("peak", "load", "verify", "run", "close")]
-    assert sorted(start.asked("close")) == sorted([reference, *NAMES])
+    asked = [(do, reference) for do in ("peak", "close", "load", "verify", "run", "close")]
+    assert start.journal[:6] == asked
+    assert start.journal[-2:] == asked[:2]  # the machine's speed once more, at the end
+    assert sorted(start.asked("close")) == sorted([*[reference] * 3, *NAMES])
 
 
 def test_single_requests_are_dealt_over_the_rounds(request_of_three: bench.Request) -> None:
@@ -314,7 +324,7 @@ def test_an_export_is_made_once_in_a_process_that_is_not_measured(request_of_thr
     start = Fakes()
     systems = [system("one", prepared="export"), system("two", prepared="export")]
     result = bench.measure(request_of_three, systems, start, say=quiet)
-    assert start.journal[5:8] == [("prepare", "one"), ("close", "one"), ("load", "one")]
+    assert start.journal[6:9] == [("prepare", "one"), ("close", "one"), ("load", "one")]
     assert start.asked("prepare") == ["one"]
     assert [result["systems"][name]["prepare_s"] for name in ("one", "two")] == [1.0, None]
     bench.measure(request_of_three, systems, start, say=quiet)
