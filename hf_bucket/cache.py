@@ -45,7 +45,7 @@ def cache_root() -> Path:
 
 def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact:
     """Return the cache entry, filled if need be; without a usable cache, one that lasts as long as the process."""
-    name = hashlib.sha256(str(ladder).encode()).hexdigest()[:16]
+    name = _entry_name(ladder)
     target = cache_root() / key / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,13 +62,28 @@ def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact
     except BucketError:
         raise
     except OSError as error:
-        warnings.warn(
-            f"the cache {cache_root()} cannot be written ({error}); compiling without it. Set HF_BUCKET_CACHE to a "
-            f"folder with free space, or save_pretrained the model",
-            BucketWarning,
-            stacklevel=2,
-        )
+        warn_unwritable(error)
     return _without_cache(name, fill)
+
+
+def _entry_name(ladder: Ladder) -> str:
+    return hashlib.sha256(str(ladder).encode()).hexdigest()[:16]
+
+
+_unwritable: set[Path] = set()
+
+
+def warn_unwritable(error: OSError) -> None:
+    """Warn, once per process, that the cache cannot be written."""
+    root = cache_root()
+    if root not in _unwritable:
+        _unwritable.add(root)
+        warnings.warn(
+            f"the cache {root} cannot be written ({error}); compiling without it, and packing weights and measuring "
+            f"costs anew in every process. Set HF_BUCKET_CACHE to a folder with free space, or save the model",
+            BucketWarning,
+            stacklevel=3,
+        )
 
 
 def _without_cache(name: str, fill: Callable[[Path], None]) -> Artifact:
@@ -115,10 +130,12 @@ def model_key(folder: Path, options: Sequence[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def any_ladder(key: str) -> Artifact | None:
-    """Return an artifact of the model with this key, whatever its ladder; None if the cache has none."""
+def any_ladder(key: str, besides: Ladder | None = None) -> Artifact | None:
+    """Return an artifact of the model with this key, whatever its ladder but ``besides``; None if there is none."""
     folder = cache_root() / key
     for candidate in _whole_entries("*", folder):
+        if besides is not None and candidate.name == _entry_name(besides):
+            continue
         try:
             return open_artifact(candidate)
         except ArtifactError as error:

@@ -246,7 +246,7 @@ def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
     """Return the artifact from the cache; else give another ladder of the same model these buckets; else export."""
 
     def fill(folder: Path) -> None:
-        sibling = any_ladder(job.key)
+        sibling = any_ladder(job.key, besides=ladder)
         if sibling is not None:
             _extend(sibling, ladder, folder, report)
             return

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
@@ -15,8 +14,7 @@ from pathlib import Path
 import filelock
 
 from hf_bucket.artifact import hash_file, write_folder
-from hf_bucket.cache import MACHINES, cache_root
-from hf_bucket.errors import BucketWarning
+from hf_bucket.cache import MACHINES, cache_root, warn_unwritable
 
 _RECORD = "files.json"
 
@@ -60,11 +58,10 @@ def machine_folder(graph_sha256: str) -> Path:
     return cache_root() / MACHINES / machine_key() / graph_sha256[:32]
 
 
-def made_once(folder: Path, make: Callable[[Path], None], what: str) -> Path | None:
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path | None:
     """Return ``folder``, filled by ``make`` unless it is there, whole and unaltered; two processes make it once.
 
-    Args:
-        what: for the warning if the cache cannot be written, and None is returned.
+    None, and a warning, where the cache cannot be written.
     """
     try:
         if _is_whole(folder):
@@ -75,7 +72,7 @@ def made_once(folder: Path, make: Callable[[Path], None], what: str) -> Path | N
                 write_folder(folder, lambda aside: _fill(aside, make))
         return folder
     except OSError as error:
-        warn_unwritable(what, error)
+        warn_unwritable(error)
         return None
 
 
@@ -114,19 +111,4 @@ def write_figures(path: Path, figures: Mapping[str, object]) -> None:
         aside.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
-        warn_unwritable("measured costs", error)
-
-
-_warned: set[str] = set()
-
-
-def warn_unwritable(what: str, error: OSError) -> None:
-    """Warn, once per process and kind, that the cache cannot be written."""
-    if what not in _warned:
-        _warned.add(what)
-        warnings.warn(
-            f"the cache {cache_root()} cannot be written ({error}); going on without {what}. Set HF_BUCKET_CACHE to a "
-            f"folder with free space",
-            BucketWarning,
-            stacklevel=3,
-        )
+        warn_unwritable(error)

@@ -127,7 +127,7 @@ def packed_graph(artifact: Artifact, options: EngineOptions) -> Path | None:
         _start(artifact.path(GRAPH), settings, {"providers": [CPU]})
 
     folder = machine_folder(artifact.graph_sha256())
-    made = made_once(folder / "packed", pack, "packed weights")
+    made = made_once(folder / "packed", pack)
     return None if made is None else made / GRAPH
 
 

@@ -105,6 +105,7 @@ def test_a_reader_that_goes_away_ends_it_with_status_1_and_no_traceback(artifact
 
 def test_the_line_that_is_being_written_is_finished_before_the_interrupt() -> None:
     text = "".join(f"{number:099d}\n" for number in range(5_000))
+    usual = signal.getsignal(signal.SIGINT)
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     read: list[bytes] = []
@@ -127,4 +128,4 @@ def test_the_line_that_is_being_written_is_finished_before_the_interrupt() -> No
     assert text.startswith(written)
     assert written.endswith("\n")
     assert len(written) < len(text)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is usual
