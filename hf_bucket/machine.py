@@ -15,6 +15,7 @@ import filelock
 
 from hf_bucket.artifact import hash_file, write_folder
 from hf_bucket.cache import MACHINES, cache_root, warn_unwritable
+from hf_bucket.errors import BucketError
 
 _RECORD = "files.json"
 
@@ -71,6 +72,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path | None:
             if not _is_whole(folder):
                 write_folder(folder, lambda aside: _fill(aside, make))
         return folder
+    except BucketError:  # a graph that cannot be loaded is no fault of the cache
+        raise
     except OSError as error:
         warn_unwritable(error)
         return None
