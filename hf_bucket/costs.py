@@ -134,27 +134,38 @@ def measure(
 def faster_at_once(
     one: Sessions, many: Sessions, workers: Workers, batches: Batches, seconds: Mapping[Bucket, float], clock: Clock
 ) -> bool:
-    """Return whether as many batches as there are workers take less time at once than one after another.
+    """Return whether several batches should run at once: unless one after another was faster by a clear margin.
+
+    Each way is tried some times on end, not in turns: engine threads keep a core busy for a while after a run, which
+    would slow down what comes next in the other way.
 
     Args:
         one: sessions that use every core for one batch.
         many: sessions that use one thread each.
-        seconds: of ``many``; the largest bucket that takes at most a tenth of a second is tried.
+        seconds: of ``many``; the largest bucket that takes at most ``_TRIED_S`` is tried.
     """
-    quick = [bucket for bucket, value in seconds.items() if value <= 0.1] or [min(seconds, key=seconds.__getitem__)]
+    quick = [bucket for bucket, value in seconds.items() if value <= _TRIED_S] or [
+        min(seconds, key=seconds.__getitem__)
+    ]
     bucket = max(quick, key=lambda bucket: bucket.cells)
     feeds = [batches(bucket)] * workers.n
-    times: dict[bool, list[float]] = {True: [], False: []}
+    at_once = _seconds(lambda: workers.map(many[bucket].run, feeds), clock)
+    after_another = _seconds(lambda: [one[bucket].run(feed) for feed in feeds], clock)
+    return at_once <= after_another * _MARGIN
+
+
+_TRIED_S = 0.25
+_MARGIN = 1.1
+
+
+def _seconds(call: Callable[[], object], clock: Clock) -> float:
+    """Return the median seconds of a few calls; the first prepares what the others use."""
+    times = []
     for _ in range(4):
-        for at_once in (True, False):
-            start = clock()
-            if at_once:
-                workers.map(many[bucket].run, feeds)
-            else:
-                for feed in feeds:
-                    one[bucket].run(feed)
-            times[at_once].append(clock() - start)
-    return median(times[True][1:]) <= median(times[False][1:])
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return median(times[1:])
 
 
 def read_costs(path: Path) -> Costs:
