@@ -85,16 +85,25 @@ def _fill(folder: Path, make: Callable[[Path], None]) -> None:
     (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
 
 
+_whole: dict[Path, list[tuple[str, int, int]]] = {}  # what this process has read to the end already
+
+
 def _is_whole(folder: Path) -> bool:
     """Return whether a folder has the very files that ``_fill`` left in it."""
     try:
+        state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+        if _whole.get(folder) == state:
+            return True
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        return isinstance(record, dict) and all(
+        whole = isinstance(record, dict) and all(
             (folder / name).stat().st_size == size and hash_file(folder / name) == sha256
             for name, (size, sha256) in record.items()
         )
     except (OSError, ValueError, TypeError):
         return False
+    if whole:
+        _whole[folder] = state
+    return whole
 
 
 def read_figures(path: Path) -> Mapping[str, object]:

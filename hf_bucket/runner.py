@@ -289,7 +289,10 @@ class Runner:
         return read_costs(path) if read_costs(path).seconds else Costs(seconds=seconds, at_once=at_once)
 
     def close(self) -> None:
-        """Release the sessions' memory and end the worker threads; a later call opens them again."""
+        """Release the sessions and end the worker threads; a later call opens them again.
+
+        What sessions computed in, the process keeps for the next ones: one arena serves them all.
+        """
         self._leave_parent()
         with self._lock:
             opened, self._opened, self._exact = self._opened, {}, None
