@@ -82,9 +82,10 @@ class Request:
         }
 
     def _prepared(self, system: System) -> Path:
-        # hf_bucket compiles for the lengths of the data set, the others once per model
+        # hf_bucket compiles for the lengths of the data set, the others once per model; one name stands for several
+        # models, which the data set chooses among
         name = f"{system.prepared}-{self.data.name}" if system.engine == "hf_bucket" else system.prepared
-        return (self.build / "prepared" / self.model_name / name).absolute()
+        return (self.build / "prepared" / self.model_name / self.model.name / name).absolute()
 
 
 class Turns:

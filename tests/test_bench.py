@@ -487,3 +487,10 @@ def test_a_missing_environment_names_the_command_that_builds_it(tmp_path: Path) 
     place = Place(environments=tmp_path, build=tmp_path)
     with pytest.raises(WorkerError, match="environment st is missing; run make bench-environments"):
         place.start(system("one", environment="st"))
+
+
+def test_what_was_exported_of_one_model_is_never_taken_for_another(request_of_three: bench.Request) -> None:
+    """MRPC and SST-2 have models of one name, of different weights."""
+    exported = system("one", prepared="exported")
+    other = replace(request_of_three, model=request_of_three.model.with_name("another"))
+    assert request_of_three.job(exported)["prepared"] != other.job(exported)["prepared"]
