@@ -50,6 +50,8 @@ MANIFEST_OF_ALL_PARTS = Manifest(
             p99_abs_delta=1e-6,
             label_flips=1,
             allowed=1e-4,
+            data_sha256="0f",
+            checkpoint="org/model",
         ),
     ),
     files={"model.onnx": FileRecord(size=12, sha256="0" * 64), "config.json": FileRecord(size=0, sha256="1" * 64)},
@@ -106,6 +108,8 @@ manifests = st.builds(
             p99_abs_delta=st.floats(0, allow_infinity=False),
             label_flips=counts,
             allowed=st.none() | st.floats(0, allow_infinity=False),
+            data_sha256=st.none() | st.text(max_size=4),
+            checkpoint=st.none() | st.text(max_size=4),
         ),
         max_size=2,
     ).map(tuple),
@@ -165,6 +169,8 @@ NULLABLE = {
     ("padding_leak",),
     ("signature", "counted_id"),
     ("certificates", 0, "allowed"),
+    ("certificates", 0, "data_sha256"),
+    ("certificates", 0, "checkpoint"),
 }
 SAMPLES = (None, True, False, 7, 0.5, "text", [], {})
 
