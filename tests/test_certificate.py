@@ -366,7 +366,13 @@ def test_a_new_certificate_takes_the_place_of_the_one_like_it(artifact: Path, co
         label_flips=0,
         allowed=None,
     )
-    others = [replace(old, data="b.csv"), replace(old, reference="bucket"), replace(old, precision="int8")]
+    others = [
+        replace(old, data="b.csv"),
+        replace(old, data_sha256="0f"),  # another file of the same name
+        replace(old, reference="bucket"),
+        replace(old, checkpoint="another"),
+        replace(old, precision="int8"),
+    ]
     store(opened, [old])
     for other in others:
         store(opened, [other])
