@@ -22,6 +22,7 @@ import onnxruntime
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
 from hf_bucket.batch import Array
+from hf_bucket.cache import warn_unwritable
 from hf_bucket.errors import ArtifactError, ProviderError
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, made_once, usable_cores
@@ -127,7 +128,12 @@ def packed_graph(artifact: Artifact, options: EngineOptions) -> Path | None:
         _start(artifact.path(GRAPH), settings, {"providers": [CPU]})
 
     folder = machine_folder(artifact.graph_sha256())
-    made = made_once(folder / "packed", pack)
+    try:
+        made = made_once(folder / "packed", pack)
+    except ArtifactError as error:
+        open_graph(artifact.path(GRAPH), options)  # raises if the graph is at fault, and not the disk that is full
+        warn_unwritable(error)
+        return None
     return None if made is None else made / GRAPH
 
 

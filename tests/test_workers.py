@@ -39,10 +39,11 @@ def test_items_run_at_once() -> None:
 
 
 def test_an_exception_ends_what_has_not_begun_and_leaves_the_pool_usable() -> None:
-    workers, begun = Workers(2), []
+    workers, begun, never = Workers(2), [], threading.Event()
 
     def fail(item: int) -> int:
         begun.append(item)
+        never.wait(0.1)  # longer than it takes to hand over all items
         raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item"):
