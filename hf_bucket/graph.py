@@ -13,6 +13,7 @@ import numpy as np
 from hf_bucket.artifact import WEIGHTS
 from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
+from hf_bucket.narrow import narrow
 from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature, Task
 from hf_bucket.weights import check_external_data
 
@@ -83,6 +84,7 @@ def adopt(
     outputs = tuple(_output_spec(value, task) for value in kept)
     model.graph.outputs[:] = kept
     _name_squeezed_axes(model)
+    narrow(model)
     _strip(model)
     for value in model.graph.inputs:
         value.shape = onnx_ir.Shape([BATCH, LENGTH])

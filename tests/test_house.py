@@ -16,7 +16,7 @@ PACKAGE = Path(hf_bucket.__file__).parent
 # A module imports only from rooms before its own (docs/architecture.md).
 ROOMS = (
     {"errors"},
-    {"ladder", "tasks", "weights"},
+    {"ladder", "tasks", "weights", "narrow"},
     {"families", "overflow"},
     {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
