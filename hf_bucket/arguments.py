@@ -75,7 +75,9 @@ def _add_compile(commands: Commands) -> None:
     parser.add_argument("--buckets", type=buckets, help="such as 64,128 or 8x64,1x128 or auto or pow2")
     parser.add_argument("--batch-sizes", type=counts, help="such as 1,8 (the default)")
     parser.add_argument("--n-buckets", type=count, default=8, help="lengths that auto may use (default: 8)")
-    parser.add_argument("--calibration", type=Path, help="file of texts or token counts for auto")
+    parser.add_argument("--calibration", type=Path, help="file of texts for auto and int8; auto takes token counts too")
+    quantize = "int8: eight-bit products, calibrated; int8-dynamic: a text's answer depends on its neighbours"
+    parser.add_argument("--quantize", choices=("int8", "int8-dynamic"), help=quantize)
     _add_columns(parser)
     parser.add_argument("--verbose", action="store_true", help="let the exporters talk")
     leak = "compile a model even though padding changes its own answer in torch; by how much is recorded"
@@ -97,6 +99,7 @@ def _add_validate(commands: Commands) -> None:
     parser.add_argument("--data", type=Path, help="text, JSONL, CSV or parquet file of texts (default: the probes)")
     parser.add_argument("--kind", choices=KINDS, help="of the data (default: by suffix)")
     _add_columns(parser)
+    parser.add_argument("--label-column", help="column of the model's label, for accuracy")
     parser.add_argument("--limit", type=count, help="rows of the data to use, from the first")
     parser.add_argument("--checkpoint", metavar="MODEL", help="compare with it (default: what was compiled, if here)")
     atol = "allowed difference of a logit, more for logits above 1 (default: 1e-4 for float32)"
@@ -155,6 +158,7 @@ def _add_eval(commands: Commands) -> None:
     add("--limit", type=count, help="rows of each split to use, from the first")
     add("--rounds", type=count, help="times every system runs, in turns (default 3)")
     add("--label-order", type=names, help="the task's labels in the model's order, such as neutral,entailment,...")
+    add("--quantize", choices=("int8", "int8-dynamic"), help="of the bucketed model, as in compile")
     add("--mode", help="how the bucketed model holds its weights, such as shared or static")
     add("--provider", help="onnxruntime execution provider")
     add("--revision", help="branch, tag or commit of the model")

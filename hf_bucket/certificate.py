@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -64,6 +66,7 @@ class TextFile:
         column: of the text.
         kind: as in ``data.read_records``.
         pair_column: of the second text of a pair.
+        label_column: of the model's label, by name or by index; None where accuracy is not asked for.
         limit: rows to read, from the first; None reads all.
         written: the file's size in bytes and time of change in nanoseconds when it was first looked at.
     """
@@ -74,6 +77,28 @@ class TextFile:
     pair_column: str | None
     limit: int | None
     written: tuple[int, int]
+    label_column: str | None = None
+
+    def labels(self, names: Sequence[str]) -> list[int]:
+        """Return the index of every row's label; none where there is no column for it.
+
+        Raises:
+            DataError: a row has no label, or one that is not among ``names``.
+        """
+        if self.label_column is None:
+            return []
+        known: dict[object, int] = {name: index for index, name in enumerate(names)}
+        known.update({index: index for index in range(len(names))})
+        found = []
+        for record in islice(read_records(self.path, kind=self.kind), self.limit):
+            label = record.fields.get(self.label_column)
+            if label not in known:
+                raise DataError(
+                    f"{self.path}, line {record.line}: {self.label_column} is {label!r}, expected one of "
+                    f"{', '.join(names)}, or its index"
+                )
+            found.append(known[label])
+        return found
 
     def __iter__(self) -> Iterator[tuple[int, Text]]:
         """Yield the line number and the text of every row.
@@ -105,6 +130,7 @@ def open_texts(
     kind: str | None = None,
     column: str | None = None,
     pair_column: str | None = None,
+    label_column: str | None = None,
     limit: int | None = None,
 ) -> TextFile:
     """Return the texts of a file; a column that is not named is what ``data.pick_column`` picks from the first row.
@@ -122,7 +148,15 @@ def open_texts(
             column = pick_column(fields, pair_column)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-    return TextFile(path=path, column=column, kind=kind, pair_column=pair_column, limit=limit, written=written)
+    return TextFile(
+        path=path,
+        column=column,
+        kind=kind,
+        pair_column=pair_column,
+        label_column=label_column,
+        limit=limit,
+        written=written,
+    )
 
 
 def _written(path: Path) -> tuple[int, int]:
@@ -160,6 +194,7 @@ class Evidence:
         reference, data, data_sha256, checkpoint: as in ``Certificate``.
         too_long: rows left out because they are longer than the largest bucket.
         empty: rows left out because they have no token at all.
+        labels: index of every row's own label; None where they are not known. Shape: (row,).
     """
 
     rows: Callable[[], Iterable[TokenRow]]
@@ -170,6 +205,7 @@ class Evidence:
     checkpoint: str | None = None
     too_long: int = 0
     empty: int = 0
+    labels: NDArray[np.int64] | None = None
 
 
 def probe_evidence(artifact: Artifact) -> Evidence:
@@ -222,6 +258,8 @@ def text_evidence(
     def rows() -> Iterator[TokenRow]:
         return (row for row in _token_rows(texts, encoder, window) if 0 < row.length <= ladder.max_length)
 
+    known = texts.labels(artifact.manifest.labels)
+    labels = [label for label, length in zip(known, lengths, strict=False) if 0 < length <= ladder.max_length]
     name, answer = choose_reference(artifact, checkpoint, report)
     windows = _chunks(watch(rows(), f"{name} answers", n), window)
     expected = np.concatenate([_finite_answers(name, answer, chunk) for chunk in windows])
@@ -234,6 +272,7 @@ def text_evidence(
         checkpoint=checkpoint,
         too_long=too_long,
         empty=empty,
+        labels=np.array(labels, dtype=np.int64) if labels else None,
     )
 
 
@@ -328,15 +367,15 @@ def certify(
     Args:
         opens: what opens a bucket's sessions; the worst of them is what is certified. One is open at a time.
         atol: allowed difference of a logit, for logits up to 1 in size; it grows with the largest that is expected.
-            None is ``probes.ATOL`` of the precision, and judges nothing about a model that is known to leak.
+            None is ``probes.ATOL`` of the precision; it judges neither int8 nor a model that is known to leak.
 
     Raises:
         ModelError: a bucket returns logits that are not finite, or another number of them than the reference.
         ArtifactError: a graph cannot be loaded.
     """
     found = []
-    judged = atol is not None or manifest.padding_leak is None
     for precision in (manifest.source.get("dtype", "float32"),):
+        judged = atol is not None or (manifest.padding_leak is None and precision in ATOL)
         allowed = tolerance(evidence.expected, ATOL[precision] if atol is None else atol) if judged else None
         for bucket in manifest.ladder:
             shown = replace(evidence, rows=partial(_shown, evidence, watch, f"bucket {bucket.name} ({precision})"))
@@ -353,11 +392,15 @@ def _measure(
     session: Session, evidence: Evidence, signature: Signature, precision: str, allowed: float | None
 ) -> Certificate:
     """Compare one session with the reference; in memory are one batch and one number per row."""
-    bucket, deltas, flips = session.bucket, array("d"), 0
+    bucket, deltas, flips, right = session.bucket, array("d"), 0, [0, 0]
+    seconds = array("d")
     fitting = ((number, row) for number, row in enumerate(evidence.rows()) if row.length <= bucket.length)
     for chunk in _batches(fitting, bucket.batch_size, signature.counted_id):
+        numbers = [number for number, _ in chunk]
+        start = time.perf_counter()
         got = _answers(session, [row for _, row in chunk], signature)
-        expected = evidence.expected[[number for number, _ in chunk]]
+        seconds.append(time.perf_counter() - start)
+        expected = evidence.expected[numbers]
         if got.shape != expected.shape:
             raise ModelError(
                 f"bucket {bucket.name} returns {got.shape[1]} logits, the reference {expected.shape[1]}; compile the "
@@ -365,6 +408,10 @@ def _measure(
             )
         deltas.extend(np.abs(got - expected).max(axis=1))
         flips += int((got.argmax(axis=1) != expected.argmax(axis=1)).sum())
+        if evidence.labels is not None:
+            right[0] += int((got.argmax(axis=1) == evidence.labels[numbers]).sum())
+            right[1] += int((expected.argmax(axis=1) == evidence.labels[numbers]).sum())
+    judged = len(deltas) if evidence.labels is not None else 0
     ordered = np.sort(np.frombuffer(deltas, dtype=np.float64)) if deltas else np.zeros(1)
     return Certificate(
         bucket=bucket.name,
@@ -378,6 +425,9 @@ def _measure(
         p99_abs_delta=nearest_rank(ordered, 99),
         label_flips=flips,
         allowed=allowed,
+        accuracy=right[0] / judged if judged else None,
+        reference_accuracy=right[1] / judged if judged else None,
+        batch_s=median(seconds) if seconds else None,
     )
 
 

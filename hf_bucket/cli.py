@@ -115,6 +115,7 @@ def _compile(options: argparse.Namespace) -> int:
             calibration=None if options.calibration is None else read_column(options.calibration, **columns),
             verbose=options.verbose,
             allow_padding_leak=options.allow_padding_leak,
+            quantize=options.quantize,
         )
     _check_new(options, output)
     artifact = compile_model(source, compiling)
@@ -179,9 +180,9 @@ def _validated_texts(options: argparse.Namespace) -> TextFile | None:
     from hf_bucket.certificate import open_texts
 
     if options.data is not None:
-        columns = {"column": options.column, "pair_column": options.pair_column}
+        columns = {name: getattr(options, name) for name in ("column", "pair_column", "label_column")}
         return open_texts(options.data, kind=options.kind, limit=options.limit, **columns)
-    for name in ("kind", "column", "pair_column", "limit", "checkpoint"):
+    for name in ("kind", "column", "pair_column", "label_column", "limit", "checkpoint"):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             options.usage_error(f"{option} needs --data; without it the artifact's probes run, answers included")

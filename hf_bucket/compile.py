@@ -5,26 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
-from hf_bucket.artifact import GRAPH, Artifact, link_files, open_artifact, record_files, variant_name
+from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, record_files, variant_name
 from hf_bucket.cache import any_ladder, in_cache, model_key
+from hf_bucket.costs import compare
 from hf_bucket.data import read_column, read_dataset_column
-from hf_bucket.encode import Encoder, check_texts
-from hf_bucket.errors import LadderError, ModelError
+from hf_bucket.encode import Encoder, Text, Truncation, check_texts
+from hf_bucket.errors import DataError, LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
 from hf_bucket.ladder import Bucket, Ladder
-from hf_bucket.manifest import MANIFEST, Manifest, Validation
+from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Manifest, Validation
 from hf_bucket.planner import Histogram, resolve_ladder
-from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, save_probes, validate
+from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sample_batch, save_probes, validate
+from hf_bucket.quantize import NEEDED, SCHEMES, Calibration, Scheme, calibration, quantize
 from hf_bucket.recipe import Recipe
+from hf_bucket.session import Session
 from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph, open_variant
 from hf_bucket.source import Files, Hub, Source, locate
 from hf_bucket.tasks import Signature, Task, get_task
@@ -45,6 +48,7 @@ class CompileOptions:
         verbose: let the exporters talk.
         allow_padding_leak: compile a model even though its own answer changes when a row is padded; by how much is
             then recorded in the manifest.
+        quantize: ``"int8"`` or ``"int8-dynamic"``, as in ``quantize``; the first needs texts in ``calibration``.
     """
 
     buckets: int | str | Sequence[object] | None = None
@@ -55,10 +59,17 @@ class CompileOptions:
     export: bool | None = None
     verbose: bool = False
     allow_padding_leak: bool = False
+    quantize: Scheme | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ATOL:
             raise ModelError(f"dtype must be one of {', '.join(ATOL)}, got {self.dtype!r}")
+        if self.quantize not in (None, *SCHEMES):
+            raise ModelError(f"quantize must be None or one of {', '.join(SCHEMES)}, got {self.quantize!r}")
+        if self.quantize is not None and self.dtype != "float32":
+            raise ModelError(f"quantize={self.quantize!r} starts from float32, got dtype={self.dtype!r}; leave it out")
+        if self.quantize == "int8" and self.calibration is None:
+            raise DataError('quantize="int8" takes its scales from your own texts; give some as calibration_dataset')
 
 
 def from_recipe(recipe: Recipe) -> tuple[Source, CompileOptions]:
@@ -111,14 +122,16 @@ def compile_model(
         ArtifactError: the artifact found is damaged.
     """
     wanted = CompileOptions() if options is None else options
+    if wanted.calibration is not None and not isinstance(wanted.calibration, (str, bytes, dict)):
+        wanted = replace(wanted, calibration=list(wanted.calibration))  # read once, used twice
     files = locate(source, export=wanted.export, manifest=MANIFEST, hub=hub)
     if files.kind == "artifact":
-        return _with_ladder(open_artifact(files.folder), wanted, report)
+        return _quantized(_with_ladder(open_artifact(files.folder), wanted, report), wanted, report)
     row = get_task(task)
     checkpoint = files.kind == "checkpoint"
     job = _checkpoint_job(files, source, row, wanted) if checkpoint else _graph_job(files, source, row)
     ladder = _ladder(wanted, job.encoder, job.facts.max_length, report)
-    return _cached(job, ladder, report)
+    return _quantized(_cached(job, ladder, report), wanted, report)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +291,82 @@ def _extend(artifact: Artifact, ladder: Ladder, folder: Path, report: Report) ->
     _finish(folder, replace(artifact.manifest, ladder=ladder), report)
 
 
+def _quantized(artifact: Artifact, options: CompileOptions, report: Report) -> Artifact:
+    """Return the artifact in int8, if that is asked for; what was made of the same texts before is in the cache."""
+    scheme, manifest = options.quantize, artifact.manifest
+    if scheme is None:
+        return artifact
+    if manifest.quantization is not None:
+        raise ModelError(
+            f"{artifact.folder} is {manifest.quantization.scheme} already; give the checkpoint, or leave out quantize"
+        )
+    encoder = Encoder(artifact.tokenizer_json(), inputs=manifest.signature.input_names)
+    texts = _calibration_texts(options, encoder, manifest.ladder, report)
+    used = "" if texts is None else repr((texts.chosen, texts.held_out, texts.features.columns["input_ids"]))
+    parts = [manifest.files[GRAPH].sha256, manifest.files[WEIGHTS].sha256, scheme, used, str(_versions())]
+    key = hashlib.sha256(repr([SCHEMA_VERSION, *parts]).encode()).hexdigest()
+
+    def fill(folder: Path) -> None:
+        report(f"quantising to {scheme}" + ("" if texts is None else f" with {len(texts.chosen)} texts"))
+        kept = manifest.files.keys() - {GRAPH, WEIGHTS, *map(variant_name, manifest.ladder)}
+        link_files([artifact.path(name) for name in kept], folder)
+        with quiet(options.verbose):
+            made = quantize(artifact, scheme, texts, folder)
+        made = replace(made, speed=_speed(artifact, folder, encoder))
+        source = {**manifest.source, "dtype": scheme}
+        _finish(folder, replace(manifest, source=source, quantization=made), report)
+
+    return in_cache(key, manifest.ladder, fill)
+
+
+def _calibration_texts(options: CompileOptions, encoder: Encoder, ladder: Ladder, report: Report) -> Calibration | None:
+    """Return the texts that int8 is calibrated on and judged by; None where there are none."""
+    if options.calibration is None:
+        return None
+    if any(isinstance(item, (int, np.integer)) for item in options.calibration):
+        raise DataError(f"quantize={options.quantize!r} needs texts, calibration_dataset has token counts; give texts")
+    texts = check_texts(options.calibration)
+    if options.buckets in (None, "auto"):
+        texts = [*texts, *_joined(texts, encoder, ladder, report)]
+    return calibration(encoder(texts, truncation=Truncation(max_length=ladder.max_length)), ladder)
+
+
+def _joined(texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> list[Text]:
+    """Return texts for the longest length of a planned ladder, which is the model's maximum, if there are too few."""
+    shorter = max((length for length in ladder.lengths if length < ladder.max_length), default=0)
+    lengths = encoder.lengths(texts)
+    if sum(length > shorter for length in lengths) >= NEEDED:
+        return []
+    each = -(-(ladder.max_length + shorter) // 2 // max(1, min(lengths)))  # texts that reach the middle in any case
+    pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+    found: list[Text] = []
+    for number in range(2 * NEEDED):
+        parts = [pairs[(number * 7 + place) % len(pairs)] for place in range(each)]
+        first, second = (" ".join(part[side] for part in parts) for side in (0, 1))
+        found.append((first, second) if second.strip() else first)
+    report(f"too few calibration texts of {shorter + 1} to {ladder.max_length} tokens: joined ones stand in for them")
+    return found
+
+
+def _speed(artifact: Artifact, folder: Path, encoder: Encoder) -> dict[str, float]:
+    """Return, per bucket, seconds of a run in float over seconds of one with the graph in ``folder``."""
+    manifest, options = artifact.manifest, EngineOptions(threads=1)
+    names = tuple(spec.name for spec in manifest.signature.outputs)
+    systems: dict[str, Mapping[Bucket, Session]] = {}
+    for name, path in (("float", artifact.path(GRAPH)), ("int8", folder / GRAPH)):
+        engine = open_graph(path, options)
+        systems[name] = {bucket: OrtSession(bucket, engine, names) for bucket in manifest.ladder}
+    found = compare(
+        systems,
+        lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size),
+        budget_s=_COMPARED_S,
+    )
+    return {bucket.name: seconds / found["int8"][bucket] for bucket, seconds in found["float"].items()}
+
+
+_COMPARED_S = 3.0
+
+
 def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
     """Write and check the variants of a folder that holds everything else, then its manifest."""
     report(f"specialising and checking {len(manifest.ladder)} buckets: {manifest.ladder}")
@@ -297,7 +386,7 @@ def check_buckets(artifact: Artifact) -> tuple[Validation, ...]:
     """
     manifest, options = artifact.manifest, EngineOptions()
     reference, probes = load_probes(artifact.folder / PROBES)
-    atol = math.inf if manifest.padding_leak is not None else ATOL[manifest.source.get("dtype", "float32")]
+    atol = math.inf if manifest.padding_leak is not None else ATOL.get(manifest.source["dtype"], math.inf)
     shared = open_graph(artifact.path(GRAPH), options)
     checks = []
     for bucket in manifest.ladder:

@@ -131,6 +131,38 @@ def measure(
     return {bucket: median(times[1:] or times) for bucket, times in runs.items() if times}
 
 
+def compare(
+    systems: Mapping[str, Sessions], batches: Batches, *, budget_s: float, clock: Clock = time.perf_counter
+) -> dict[str, dict[Bucket, float]]:
+    """Return the median seconds of a run of every bucket by several systems, which take turns over each batch.
+
+    Buckets as many as the budget allows for are compared, smallest first, and at least one; each by every system.
+
+    Args:
+        systems: sessions of the same buckets, by name.
+        budget_s: seconds to spend, about.
+    """
+    end = clock() + budget_s
+    found: dict[str, dict[Bucket, float]] = {name: {} for name in systems}
+    buckets = sorted(set.intersection(*(set(sessions) for sessions in systems.values())), key=lambda one: one.cells)
+    for place, bucket in enumerate(buckets):
+        share = (end - clock()) / (len(buckets) - place)
+        if place and share <= 0:
+            break
+        arrays, until = batches(bucket), clock() + share
+        times: dict[str, list[float]] = {name: [] for name in systems}
+        for number in range(ROUNDS + 1):
+            for name, sessions in systems.items():
+                start = clock()
+                sessions[bucket].run(arrays)
+                times[name].append(clock() - start)
+            if number and clock() >= until:
+                break
+        for name, seconds in times.items():
+            found[name][bucket] = median(seconds[1:])
+    return found
+
+
 def faster_at_once(
     one: Sessions, many: Sessions, workers: Workers, batches: Batches, seconds: Mapping[Bucket, float], clock: Clock
 ) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from hf_bucket.artifact import WEIGHTS, Artifact
 from hf_bucket.ladder import Ladder
-from hf_bucket.manifest import Certificate, Validation
+from hf_bucket.manifest import Certificate, Quantization, Validation
 
 if TYPE_CHECKING:
     from hf_bucket.costs import Costs
@@ -30,10 +31,34 @@ def describe_artifact(artifact: Artifact) -> str:
     ]
     if manifest.padding_leak is not None:
         lines.append(f"LEAKS     padding moves this model's logits by up to {manifest.padding_leak:.2g}, in torch too")
+    if manifest.quantization is not None:
+        lines += describe_quantization(manifest.quantization)
     tables = [describe_checks(manifest.validation)]
     if manifest.certificates:
         tables.append(describe_certificates(manifest.certificates))
     return "\n\n".join(["\n".join(lines), *tables])
+
+
+def describe_quantization(made: Quantization) -> list[str]:
+    """Return how int8 was made, what it changed on texts that were held out, and what it gained."""
+    chosen = next((one for one in made.tries if one.kept == made.kept), made.tries[-1])
+    share = made.weights_bytes / made.float_weights_bytes
+    lines = [
+        f"{made.scheme:<9} {made.layers - len(made.kept)} of {made.layers} products in eight bits, weights "
+        f"{made.weights_bytes / 1e6:.1f} MB ({share:.0%} of float32)"
+    ]
+    if made.speed:
+        ratios = sorted(made.speed.values())
+        fastest = f"{median(ratios):.2f} times as fast as float32 ({ratios[0]:.2f} to {ratios[-1]:.2f} by bucket)"
+        lines.append(f"{'':<9} {fastest}, on the machine that compiled it, one thread")
+    if made.held_out:
+        lines.append(
+            f"{'':<9} {chosen.label_flips} of {made.held_out} held-out texts change their label, a logit by up to "
+            f"{chosen.max_abs_delta:.2g}"
+        )
+    if made.scheme == "int8-dynamic":
+        lines.append(f"{'':<9} NEIGHBOURS: scales come from each batch, so a text's logits change with those beside it")
+    return lines
 
 
 def describe_checks(checks: Sequence[Validation]) -> str:
@@ -46,11 +71,15 @@ def describe_checks(checks: Sequence[Validation]) -> str:
 
 def describe_certificates(certificates: Sequence[Certificate]) -> str:
     """Return a table with a line per certificate; one that did not pass says FAILED."""
-    rows = [("certificate", "precision", "data", "rows", "with", "max |delta logit|", "p99", "label flips", "verdict")]
+    compared = ("certificate", "precision", "data", "rows", "with", "max |delta logit|", "p99", "label flips")
+    rows: list[tuple[str, ...]] = [(*compared, "accuracy", "reference's", "ms a batch", "verdict")]
     for found in certificates:
         figures = (f"{found.max_abs_delta:.1e}", f"{found.p99_abs_delta:.1e}", str(found.label_flips))
+        accuracies = tuple("-" if one is None else f"{one:.4f}" for one in (found.accuracy, found.reference_accuracy))
+        speed = "-" if found.batch_s is None else f"{found.batch_s * 1e3:.3g}"
         reference = found.reference if found.checkpoint is None else f"{found.reference}: {found.checkpoint}"
-        rows.append((found.bucket, found.precision, found.data, str(found.n), reference, *figures, _verdict(found)))
+        what = (found.bucket, found.precision, found.data, str(found.n), reference)
+        rows.append((*what, *figures, *accuracies, speed, _verdict(found)))
     return "\n".join(_aligned(rows))
 
 

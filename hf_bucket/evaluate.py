@@ -48,6 +48,7 @@ class EvalRequest:
         limit: rows of each split that are used, from the first.
         rounds: passes of every system over the data.
         label_order: the task's label names in the model's order, for models whose names do not say.
+        quantize: ``"int8"``, calibrated on the train split or on ``calibration``, or ``"int8-dynamic"``.
         command: what was typed, for the record.
 
     Raises:
@@ -73,6 +74,7 @@ class EvalRequest:
     provider: str | None = None
     revision: str | None = None
     pipeline_batch_size: int = 32
+    quantize: str | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -225,7 +227,7 @@ def figures(measurement: Measurement, system: str, metrics: Mapping[str, float])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """What an evaluation found. All systems computed in float32.
+    """What an evaluation found. All systems computed in float32, but for the bucketed model if ``quantize`` says so.
 
     Attributes:
         split: one split, or several joined by ``+``.
@@ -252,6 +254,7 @@ class EvalReport:
     versions: Mapping[str, str]
     machine: Mapping[str, str | int]
     systems: tuple[SystemFigures, ...]
+    quantize: str | None = None
 
     @property
     def bucketed(self) -> SystemFigures:
@@ -260,8 +263,8 @@ class EvalReport:
 
     @property
     def failed(self) -> bool:
-        """Whether bucketing changed a label."""
-        return bool(self.bucketed.label_flips)
+        """Whether bucketing changed a label; what int8 changes is told, and is no failure."""
+        return bool(self.bucketed.label_flips) and self.quantize is None
 
     def complaint(self) -> str:
         """Return which labels flipped, in one line."""
@@ -281,7 +284,7 @@ class EvalReport:
             "n": self.n,
             "model": self.model,
             "revision": self.revision,
-            "precision": "float32",
+            "precision": self.quantize or "float32",
             "labels": list(self.labels),
             "ladder": list(self.ladder),
             "calibration": self.calibration,

@@ -117,6 +117,7 @@ def evaluate(
         command=request.command,
         versions=installed_versions(),
         machine=this_machine(),
+        quantize=request.quantize,
         systems=tuple(
             figures(measured, system, _score(parts, order, measured.logits(system))) for system in measured.passes
         ),
@@ -236,8 +237,8 @@ def _load_parts(task: GlueTask, request: EvalRequest) -> list[TaskData]:
 
 
 def _calibration(task: GlueTask, request: EvalRequest, parts: Sequence[TaskData]) -> tuple[TaskData, ...]:
-    """Return the data to plan a ladder from: the train split where there is one; empty when none is planned."""
-    if request.buckets != "auto" or request.calibration is not None:
+    """Return the data to plan a ladder from, or int8: the train split where there is one; empty when none is needed."""
+    if (request.buckets != "auto" and request.quantize is None) or request.calibration is not None:
         return ()
     if request.data is not None:
         return tuple(parts)
@@ -247,7 +248,7 @@ def _calibration(task: GlueTask, request: EvalRequest, parts: Sequence[TaskData]
 
 
 def _job(request: EvalRequest, parts: Sequence[TaskData], calibration: Sequence[TaskData]) -> Job:
-    names = ("buckets", "batch_sizes", "n_buckets", "mode", "provider", "revision")
+    names = ("buckets", "batch_sizes", "n_buckets", "mode", "provider", "revision", "quantize")
     options = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     if request.calibration is not None:
         options["calibration_dataset"] = request.calibration

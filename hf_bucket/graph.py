@@ -85,7 +85,7 @@ def adopt(
     model.graph.outputs[:] = kept
     _name_squeezed_axes(model)
     narrow(model)
-    _strip(model)
+    tidy(model)
     for value in model.graph.inputs:
         value.shape = onnx_ir.Shape([BATCH, LENGTH])
     for value, spec in zip(kept, outputs, strict=True):
@@ -153,7 +153,7 @@ def _name_squeezed_axes(model: ir.Model) -> None:
         node.replace_input_with(1, axes.outputs[0])
 
 
-def _strip(model: ir.Model) -> None:
+def tidy(model: ir.Model) -> None:
     """Drop stack traces, names of modules and half-known shapes: a tenth of the size stays."""
     model.metadata_props.clear()
     model.doc_string = None

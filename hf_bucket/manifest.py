@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, cast, get_args
 
 from hf_bucket.errors import ArtifactError, LadderError
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.tasks import AXES, InputSpec, OutputSpec, PaddingSide, Signature
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "bucket_config.json"
 
 T = TypeVar("T")
@@ -64,6 +64,9 @@ class Certificate:
         p99_abs_delta: 99 of 100 rows differ by no more than this in any logit; exact, by nearest rank.
         label_flips: rows whose largest logit was another label's.
         allowed: largest difference that passes, and no flip does; None where the figures are not judged.
+        accuracy: share of the rows whose largest logit is their own label's; None where labels are not known.
+        reference_accuracy: the same of the reference.
+        batch_s: median seconds of a batch of the bucket, padding and un-padding it included.
     """
 
     bucket: str
@@ -77,11 +80,57 @@ class Certificate:
     allowed: float | None
     data_sha256: str | None = None
     checkpoint: str | None = None
+    accuracy: float | None = None
+    reference_accuracy: float | None = None
+    batch_s: float | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the bucket kept the promise on these rows; what is not judged has not failed."""
         return self.allowed is None or (self.max_abs_delta <= self.allowed and self.label_flips == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Try:
+    """One way of quantising, compared with float on texts that were held out.
+
+    Attributes:
+        kept: layers left in float, by the name of their node.
+        label_flips: texts whose largest logit became another label's.
+        max_abs_delta: largest difference of a logit.
+        good: whether so few labels changed that nothing else was tried.
+    """
+
+    kept: tuple[str, ...]
+    label_flips: int
+    max_abs_delta: float
+    good: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How a graph's products were made int8, and what that changed.
+
+    Attributes:
+        scheme: ``"int8"``, or ``"int8-dynamic"``, whose answers depend on what shares a batch.
+        calibrated: texts that the scales were taken from.
+        held_out: other texts that the tries were judged by.
+        layers: products with fixed weights in the graph.
+        kept: those of them that were left in float.
+        tries: what was tried, in order.
+        weights_bytes, float_weights_bytes: size of the weights' file, and of the one in float.
+        speed: per bucket measured, seconds of a run in float over seconds in int8, on the machine that compiled.
+    """
+
+    scheme: str
+    calibrated: int
+    held_out: int
+    layers: int
+    kept: tuple[str, ...]
+    tries: tuple[Try, ...]
+    weights_bytes: int
+    float_weights_bytes: int
+    speed: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +146,7 @@ class Manifest:
         padding_leak: how far torch's own logits moved when a row was padded, for a model that was compiled in spite of
             it; None for all others, whose answer does not depend on padding.
         certificates: what ``hf-bucket validate`` found since, failures too.
+        quantization: how the weights became int8; None where they did not.
     """
 
     task: str
@@ -112,6 +162,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     padding_leak: float | None = None
     certificates: tuple[Certificate, ...] = ()
+    quantization: Quantization | None = None
 
     def to_json(self) -> str:
         """Return the text of ``bucket_config.json``."""
@@ -129,6 +180,7 @@ class Manifest:
         data["source"], data["versions"] = dict(self.source), dict(self.versions)
         data["validation"] = [asdict(validation) for validation in self.validation]
         data["certificates"] = [asdict(certificate) for certificate in self.certificates]
+        data["quantization"] = None if self.quantization is None else asdict(self.quantization)
         data["files"] = {name: asdict(record) for name, record in sorted(self.files.items())}
         return json.dumps({**data, "sha256": _digest(data)}, indent=2) + "\n"
 
@@ -170,6 +222,7 @@ class Manifest:
             versions=data.table("versions", str),
             validation=tuple(_read_validation(entry) for entry in data.each("validation")),
             certificates=tuple(_read_certificate(entry) for entry in data.each("certificates")),
+            quantization=_read_quantization(data),
             files={
                 _file_name(name): FileRecord(size=entry.take("size", int), sha256=entry.take("sha256", str))
                 for name, entry in data.members("files")
@@ -301,6 +354,34 @@ def _read_certificate(entry: _Reader) -> Certificate:
         allowed=entry.optional("allowed", float),
         data_sha256=entry.optional("data_sha256", str),
         checkpoint=entry.optional("checkpoint", str),
+        accuracy=entry.optional("accuracy", float),
+        reference_accuracy=entry.optional("reference_accuracy", float),
+        batch_s=entry.optional("batch_s", float),
+    )
+
+
+def _read_quantization(data: _Reader) -> Quantization | None:
+    if data.optional("quantization", dict) is None:
+        return None
+    entry = data.inside("quantization")
+    return Quantization(
+        scheme=entry.take("scheme", str),
+        calibrated=entry.take("calibrated", int),
+        held_out=entry.take("held_out", int),
+        layers=entry.take("layers", int),
+        kept=tuple(entry.listed("kept", str)),
+        tries=tuple(
+            Try(
+                kept=tuple(one.listed("kept", str)),
+                label_flips=one.take("label_flips", int),
+                max_abs_delta=one.take("max_abs_delta", float),
+                good=one.take("good", bool),
+            )
+            for one in entry.each("tries")
+        ),
+        weights_bytes=entry.take("weights_bytes", int),
+        float_weights_bytes=entry.take("float_weights_bytes", int),
+        speed=entry.table("speed", float),
     )
 
 

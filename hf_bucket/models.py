@@ -22,6 +22,7 @@ from hf_bucket.export import Dtype
 from hf_bucket.ladder import Ladder
 from hf_bucket.manifest import MANIFEST
 from hf_bucket.overflow import OverflowLike
+from hf_bucket.quantize import Scheme
 from hf_bucket.runner import MEASURE_S, Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode
 from hf_bucket.source import Source
@@ -79,6 +80,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         export: bool | None = None,
         dtype: Dtype = "float32",
         allow_padding_leak: bool = False,
+        quantize: Scheme | None = None,
         verbose: bool = False,
         revision: str | None = None,
         subfolder: str = "",
@@ -111,6 +113,8 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             dtype: of the exported weights.
             allow_padding_leak: compile a model even though padding changes its own answer in torch; by how much is
                 recorded in the manifest.
+            quantize: ``"int8"`` calibrates eight-bit products on ``calibration_dataset``; the answers of
+                ``"int8-dynamic"`` depend on what shares a batch. See ``quantize``.
             verbose: let the exporters talk.
             revision: branch, tag or commit on the Hub.
             subfolder: folder inside the repository that holds the model.
@@ -138,6 +142,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             calibration=calibration_dataset,
             dtype=dtype,
             allow_padding_leak=allow_padding_leak,
+            quantize=quantize,
             export=export,
             verbose=verbose,
         )

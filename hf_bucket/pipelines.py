@@ -17,6 +17,7 @@ from hf_bucket.errors import InputError, InputTypeError, ModelError, ProviderErr
 from hf_bucket.export import Dtype
 from hf_bucket.ladder import Ladder
 from hf_bucket.overflow import OverflowLike, Strategy, make_overflow
+from hf_bucket.quantize import Scheme
 from hf_bucket.runner import MEASURE_S, Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions, Mode
 from hf_bucket.source import DEFAULT_MODEL, Source
@@ -263,6 +264,7 @@ def pipeline(
     export: bool | None = None,
     dtype: Dtype = "float32",
     allow_padding_leak: bool = False,
+    quantize: Scheme | None = None,
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
@@ -323,6 +325,7 @@ def pipeline(
             dtype=dtype,
             export=export,
             allow_padding_leak=allow_padding_leak,
+            quantize=quantize,
         )
         engine = EngineOptions(
             mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers

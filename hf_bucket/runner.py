@@ -22,7 +22,7 @@ from hf_bucket.errors import ArtifactError, BucketWarning, InputError, TooLongEr
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import machine_folder
 from hf_bucket.overflow import Overflow, OverflowLike, Side, make_overflow
-from hf_bucket.probes import probe_features, probe_rows
+from hf_bucket.probes import sample_batch
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions, resolve_provider
 from hf_bucket.stats import Counts
@@ -93,7 +93,7 @@ class Runner:
         self._opened: dict[int, Mapping[Bucket, Session]] = {}  # by the threads that one run may use
         self._pid = 0
         self._was_open = False
-        self._warn_of_leak()
+        self._warn_of_neighbours()
         self._open()
         if cost is None and self.options.measure_s:
             costs = self.measure(self.options.measure_s, again=False)
@@ -354,10 +354,7 @@ class Runner:
             sessions[bucket].run(self._sample(bucket))
 
     def _sample(self, bucket: Bucket) -> Mapping[str, Array]:
-        """Return a batch of rows that look like texts: some heads fail without their special tokens."""
-        size = self.artifact.manifest.vocab_size
-        rows = probe_rows(self.encoder, bucket.length, size, lengths=[bucket.length])
-        return pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), self.signature).arrays
+        return sample_batch(self.encoder, bucket, self.signature, self.artifact.manifest.vocab_size)
 
     def _check_lengths(self, lengths: Sequence[int], first_row: int, *, exact: bool = False) -> None:
         largest, maximum = self.ladder.max_length, self.max_length
@@ -399,13 +396,21 @@ class Runner:
             )
         return counts
 
-    def _warn_of_leak(self) -> None:
+    def _warn_of_neighbours(self) -> None:
         leak = self.artifact.manifest.padding_leak
         if leak is not None:
             warnings.warn(
                 f"padding changes what {self.artifact.manifest.source.get('name', 'this model')} answers: in torch "
                 f"itself a logit moved by {leak:.2g}, and its answers depend on the bucket; it was compiled with "
                 f"allow_padding_leak",
+                BucketWarning,
+                stacklevel=3,
+            )
+        made = self.artifact.manifest.quantization
+        if made is not None and made.scheme == "int8-dynamic":
+            warnings.warn(
+                "this model is int8-dynamic, whose scales come from each batch: a text's logits change with the texts "
+                'beside it; quantize="int8" fixes the scales',
                 BucketWarning,
                 stacklevel=3,
             )

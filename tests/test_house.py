@@ -23,7 +23,7 @@ ROOMS = (
     {"encode", "session", "graph", "cache", "describe", "stats", "workers"},
     {"facts", "probes", "machine"},
     {"session_ort", "costs"},
-    {"export", "runner", "systems"},
+    {"export", "runner", "systems", "quantize"},
     {"compile", "evaluate", "certificate"},
     {"models", "pipelines", "glue"},
     {"predict", "arguments"},

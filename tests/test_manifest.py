@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from hf_bucket.errors import ArtifactError
 from hf_bucket.ladder import make_ladder
-from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Certificate, FileRecord, Manifest, Validation
+from hf_bucket.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Certificate,
+    FileRecord,
+    Manifest,
+    Quantization,
+    Try,
+    Validation,
+)
 from hf_bucket.tasks import AXES, InputSpec, OutputSpec, Signature
 
 Path = tuple[str | int, ...]
@@ -52,7 +61,24 @@ MANIFEST_OF_ALL_PARTS = Manifest(
             allowed=1e-4,
             data_sha256="0f",
             checkpoint="org/model",
+            accuracy=0.75,
+            reference_accuracy=0.5,
+            batch_s=0.25,
         ),
+    ),
+    quantization=Quantization(
+        scheme="int8",
+        calibrated=8,
+        held_out=4,
+        layers=12,
+        kept=("node_3",),
+        tries=(
+            Try(kept=(), label_flips=2, max_abs_delta=0.5, good=False),
+            Try(kept=("node_3",), label_flips=0, max_abs_delta=0.25, good=True),
+        ),
+        weights_bytes=100,
+        float_weights_bytes=400,
+        speed={"b4_s16": 2.5},
     ),
     files={"model.onnx": FileRecord(size=12, sha256="0" * 64), "config.json": FileRecord(size=0, sha256="1" * 64)},
 )
@@ -110,9 +136,34 @@ manifests = st.builds(
             allowed=st.none() | st.floats(0, allow_infinity=False),
             data_sha256=st.none() | st.text(max_size=4),
             checkpoint=st.none() | st.text(max_size=4),
+            accuracy=st.none() | st.floats(0, 1),
+            reference_accuracy=st.none() | st.floats(0, 1),
+            batch_s=st.none() | st.floats(0, allow_infinity=False),
         ),
         max_size=2,
     ).map(tuple),
+    quantization=st.none()
+    | st.builds(
+        Quantization,
+        scheme=texts,
+        calibrated=counts,
+        held_out=counts,
+        layers=counts,
+        kept=st.lists(texts, max_size=2).map(tuple),
+        tries=st.lists(
+            st.builds(
+                Try,
+                kept=st.lists(texts, max_size=2).map(tuple),
+                label_flips=counts,
+                max_abs_delta=st.floats(0, allow_infinity=False),
+                good=st.booleans(),
+            ),
+            max_size=2,
+        ).map(tuple),
+        weights_bytes=counts,
+        float_weights_bytes=counts,
+        speed=st.dictionaries(texts, st.floats(0, allow_infinity=False), max_size=2),
+    ),
     files=st.dictionaries(file_names, st.builds(FileRecord, size=counts, sha256=texts), max_size=3),
 )
 json_values = st.recursive(
@@ -160,8 +211,13 @@ def spelled(path: Path) -> str:
 
 
 VALUES = dict(walk(data()))
-FREE_TABLES = {"source", "versions", "files"}  # their keys are names, not part of the schema
-KEYS = [path for path in VALUES if isinstance(path[-1], str) and not (len(path) == 2 and path[0] in FREE_TABLES)]
+FREE_TABLES = {
+    ("source",),
+    ("versions",),
+    ("files",),
+    ("quantization", "speed"),
+}  # their keys are names, not part of the schema
+KEYS = [path for path in VALUES if isinstance(path[-1], str) and path[:-1] not in FREE_TABLES]
 NULLABLE = {
     ("max_length",),
     ("vocab_size",),
@@ -171,6 +227,10 @@ NULLABLE = {
     ("certificates", 0, "allowed"),
     ("certificates", 0, "data_sha256"),
     ("certificates", 0, "checkpoint"),
+    ("certificates", 0, "accuracy"),
+    ("certificates", 0, "reference_accuracy"),
+    ("certificates", 0, "batch_s"),
+    ("quantization",),
 }
 SAMPLES = (None, True, False, 7, 0.5, "text", [], {})
 

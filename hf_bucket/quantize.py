@@ -1,0 +1,291 @@
+"""int8: products of matrices in eight bits, made by onnxruntime's quantiser and calibrated on the user's own texts.
+
+``int8`` fixes the scale of every activation once, from texts of every length of the ladder, so that a text's answer
+does not depend on its neighbours. ``int8-dynamic`` takes a scale from whatever shares the batch: its answers do depend
+on them. Weights get one scale per column and seven bits: a product of eight bits by eight overflows sixteen on
+processors without VNNI, and a model shall answer alike on all of them (onnxruntime's documentation, "Quantize ONNX
+models", on when to reduce the range).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
+from hf_bucket.assign import Assignment
+from hf_bucket.batch import Features, pad
+from hf_bucket.errors import DataError, ExportError, missing_part
+from hf_bucket.graph import load_graph, save_graph, tidy
+from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.manifest import Quantization, Try
+from hf_bucket.session_ort import EngineOptions, open_graph
+
+Scheme = Literal["int8", "int8-dynamic"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+
+CALIBRATED = 8  # texts of every length of the ladder that scales are taken from, at most
+NEEDED = 4  # ... at least
+HELD_OUT = 16  # other texts of every length that the choice of layers is judged by, at most
+_TRIED = (0, 1, 2, 4)  # layers left in float, the most sensitive first; a further one costs more than it gains
+_RANKED_ON = 8  # texts that the layers' errors are measured on
+_FLIPS = 200  # one label in so many may change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Texts as tokens, and which of them are for what.
+
+    Attributes:
+        chosen: rows that scales are taken from.
+        held_out: rows that the result is judged by.
+    """
+
+    features: Features
+    chosen: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+
+def calibration(features: Features, ladder: Ladder) -> Calibration:
+    """Deal the rows of a request: of every length of the ladder some to calibrate on, others to judge by.
+
+    Raises:
+        DataError: a length of the ladder has fewer than ``NEEDED`` texts; the message names it.
+    """
+    classes: dict[int, list[int]] = {length: [] for length in ladder.lengths}
+    for row, length in enumerate(features.lengths):
+        if length <= ladder.max_length:
+            classes[ladder.choose(length).length].append(row)
+    shortest = 1
+    for length, rows in classes.items():
+        if len(rows) < NEEDED:
+            raise DataError(
+                f"calibration has {len(rows)} texts of {shortest} to {length} tokens, int8 needs at least {NEEDED} "
+                f"for every length of the ladder; add such texts, or drop length {length}"
+            )
+        shortest = length + 1
+    generator = np.random.default_rng(0)
+    chosen: list[int] = []
+    held_out: list[int] = []
+    for rows in classes.values():
+        dealt = [int(row) for row in generator.permutation(rows)]
+        half = min(CALIBRATED, -(-len(dealt) // 2))
+        chosen += dealt[:half]
+        held_out += dealt[half : half + HELD_OUT]
+    return Calibration(features=features, chosen=tuple(sorted(chosen)), held_out=tuple(sorted(held_out)))
+
+
+def quantize(artifact: Artifact, scheme: Scheme, texts: Calibration | None, folder: Path) -> Quantization:
+    """Write an artifact's graph in int8, and its weights, into ``folder``; return how it was made and what it changed.
+
+    Args:
+        artifact: in float; its graph is only read.
+        texts: needed by ``"int8"``; of ``"int8-dynamic"`` they judge the result, where there are any.
+
+    Raises:
+        ExportError: the graph has no product that could be quantised.
+        DependencyError: onnx is not installed.
+    """
+    with tempfile.TemporaryDirectory(prefix="hf_bucket-") as name:
+        work = _Work(artifact=artifact, place=Path(name), texts=texts)
+        work.copy_graph()
+        layers = work.layers()
+        if not layers:
+            raise ExportError("the graph has no product of a matrix with fixed weights, so int8 would change nothing")
+        if scheme == "int8":
+            assert texts is not None  # ``compile`` has asked for them
+            ranked = work.by_error(layers)
+            tries = list(_until_good(work.static(ranked, kept) for kept in _TRIED if kept < len(ranked)))
+        else:
+            tries = [work.dynamic(layers)]
+        best = _best(tries)
+        model = load_graph(work.made(best) / GRAPH)
+        tidy(model)
+        save_graph(model, folder / GRAPH)
+        return Quantization(
+            scheme=scheme,
+            calibrated=len(texts.chosen) if texts is not None and scheme == "int8" else 0,
+            held_out=len(texts.held_out) if texts is not None else 0,
+            layers=len(layers),
+            kept=best.kept,
+            tries=tuple(tries),
+            weights_bytes=(folder / WEIGHTS).stat().st_size,
+            float_weights_bytes=artifact.manifest.files[WEIGHTS].size,
+        )
+
+
+def _best(tries: Sequence[Try]) -> Try:
+    """Return the last try if it was good; else the first, unless leaving layers in float halved what it changed."""
+    least = min(tries, key=lambda one: (one.label_flips, len(one.kept)))
+    return tries[-1] if tries[-1].good else least if 2 * least.label_flips <= tries[0].label_flips else tries[0]
+
+
+def _until_good(tries: Iterator[Try]) -> Iterator[Try]:
+    """Yield tries up to the first that changes few enough labels."""
+    for one in tries:
+        yield one
+        if one.good:
+            return
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A graph being quantised in a folder of its own; onnx refuses to read weights that have a hard link."""
+
+    artifact: Artifact
+    place: Path
+    texts: Calibration | None
+
+    @property
+    def source(self) -> Path:
+        """The graph in float."""
+        return self.place / GRAPH
+
+    def made(self, one: Try) -> Path:
+        """Return the folder of a try."""
+        return self.place / f"kept-{len(one.kept)}"
+
+    def copy_graph(self) -> None:
+        for name in (GRAPH, WEIGHTS):
+            shutil.copyfile(self.artifact.path(name), self.place / name)
+
+    def layers(self) -> list[str]:
+        """Return the nodes that multiply with fixed weights. A head's own, which is a Gemm, is not among them."""
+        onnx, _ = _libraries()
+        graph = onnx.load(self.source, load_external_data=False).graph
+        fixed = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+        return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in fixed]
+
+    def by_error(self, layers: Sequence[str]) -> list[str]:
+        """Return the layers with the largest relative error of their own, in eight bits, first.
+
+        The error is that of the product on some of the texts, over how much the product differs between tokens.
+        """
+        onnx, _ = _libraries()
+        model = onnx.load(self.source)
+        weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        nodes = {node.name: node for node in model.graph.node if node.name in set(layers)}
+        probed = self.place / "probed.onnx"
+        given = onnx.load(self.source, load_external_data=False)
+        names = sorted({node.input[0] for node in nodes.values()})
+        kept = [output.name for output in given.graph.output]
+        given.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in kept)
+        onnx.save(given, probed)
+        found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+        engine = open_graph(probed, EngineOptions(threads=1))
+        for arrays in self.feeds(self._rows("chosen")[:: max(1, len(self._rows("chosen")) // _RANKED_ON)]):
+            for name, value in zip(names, engine.run(names, arrays), strict=True):
+                found[name].append(value.reshape(-1, value.shape[-1]))
+        errors = {
+            name: _relative_error(np.concatenate(found[node.input[0]]), weights[node.input[1]])
+            for name, node in nodes.items()
+        }
+        return sorted(layers, key=lambda name: -errors[name])
+
+    def static(self, ranked: Sequence[str], kept: int) -> Try:
+        """Quantise all but the first ``kept`` layers, with scales from the texts."""
+        _, quantization = _libraries()
+        target = self._folder(kept)
+        feeds = self.feeds(self._rows("chosen"))
+
+        class Reader(quantization.CalibrationDataReader):  # type: ignore[misc,name-defined]  # no types
+            def get_next(self) -> Any:
+                return next(feeds, None)
+
+        quantization.quantize_static(
+            self.source,
+            target / GRAPH,
+            Reader(),
+            nodes_to_quantize=list(ranked[kept:]),
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            extra_options={
+                "ActivationSymmetric": False,
+                "WeightSymmetric": True,
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],  # what follows is computed in float anyway
+            },
+            **_common(quantization),
+        )
+        return self.judge(target, tuple(ranked[:kept]))
+
+    def dynamic(self, layers: Sequence[str]) -> Try:
+        """Quantise all layers, with scales from each batch."""
+        onnx, quantization = _libraries()
+        model = onnx.load(self.source)
+        model.graph.ClearField("value_info")  # the quantiser transposes a head's weights, not the shapes noted of them
+        target = self._folder(0)
+        quantization.quantize_dynamic(model, target / GRAPH, nodes_to_quantize=list(layers), **_common(quantization))
+        return self.judge(target, ())
+
+    def judge(self, target: Path, kept: tuple[str, ...]) -> Try:
+        """Compare a quantised graph with the one in float on the texts that were held out."""
+        rows = self._rows("held_out")
+        exact, got = (self._logits(path, rows) for path in (self.source, target / GRAPH))
+        flips = int((exact.argmax(axis=1) != got.argmax(axis=1)).sum()) if rows else 0
+        delta = float(np.abs(exact - got).max()) if rows else 0.0
+        return Try(kept=kept, label_flips=flips, max_abs_delta=delta, good=flips * _FLIPS <= max(len(rows), _FLIPS - 1))
+
+    def feeds(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Yield the inputs of rows, one at a time and without padding."""
+        for row in rows:
+            assert self.texts is not None  # there would be no rows
+            features = self.texts.features
+            bucket = Bucket(batch_size=1, extent=(features.lengths[row],))
+            yield dict(pad(features, Assignment(bucket=bucket, rows=(row,)), self.artifact.manifest.signature).arrays)
+
+    def _rows(self, which: Literal["chosen", "held_out"]) -> tuple[int, ...]:
+        return () if self.texts is None else self.texts.chosen if which == "chosen" else self.texts.held_out
+
+    def _logits(self, graph: Path, rows: Sequence[int]) -> NDArray[np.float32]:
+        engine = open_graph(graph, EngineOptions())
+        found = [engine.run(["logits"], arrays)[0] for arrays in self.feeds(rows)]
+        return np.concatenate(found) if found else np.zeros((0, 1), dtype=np.float32)
+
+    def _folder(self, kept: int) -> Path:
+        folder = self.place / f"kept-{kept}"
+        folder.mkdir()
+        return folder
+
+
+def _relative_error(inputs: NDArray[np.float32], weights: NDArray[np.float32]) -> float:
+    """Return how far a product in eight bits is from the exact one, over how much that differs between rows."""
+    low, high = min(float(inputs.min()), 0.0), max(float(inputs.max()), 0.0)
+    scale = (high - low) / 255 or 1.0
+    zero = round(-low / scale)
+    rounded = (np.clip(np.round(inputs / scale) + zero, 0, 255) - zero) * scale
+    column = np.maximum(np.abs(weights).max(axis=0), np.finfo(np.float32).tiny) / 63
+    exact = inputs @ weights
+    spread = float(np.linalg.norm(exact - exact.mean(axis=0))) or 1.0
+    return float(np.linalg.norm(rounded @ (np.round(weights / column) * column) - exact)) / spread
+
+
+def _common(quantization: Any) -> dict[str, Any]:
+    return {
+        "per_channel": True,
+        "reduce_range": True,
+        "op_types_to_quantize": ["MatMul"],
+        "weight_type": quantization.QuantType.QInt8,
+        "use_external_data_format": True,
+    }
+
+
+def _libraries() -> tuple[Any, Any]:
+    """Return onnx and onnxruntime's quantisation.
+
+    Raises:
+        DependencyError: onnx is not installed.
+    """
+    try:
+        import onnx
+        from onnxruntime import quantization
+    except ImportError as error:
+        raise missing_part(error.name or "onnx", "onnx", "quantising a graph") from error
+    return onnx, quantization
