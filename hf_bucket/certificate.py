@@ -31,7 +31,7 @@ from hf_bucket.manifest import MANIFEST, Certificate, Manifest
 from hf_bucket.probes import ATOL, PROBES, load_probes, probe_features, tolerance
 from hf_bucket.runner import Runner
 from hf_bucket.session import Session
-from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph, open_variant
+from hf_bucket.session_ort import EngineOptions, OrtSession, fusion_of, open_graph, open_variant
 from hf_bucket.source import Source, locate
 from hf_bucket.systems import Job, TorchEngine
 from hf_bucket.tasks import Signature
@@ -349,7 +349,8 @@ def variants(artifact: Artifact) -> Open:
 
 def shared_graph(artifact: Artifact) -> Open:
     """Return what opens a bucket of the graph with free dimensions, which is loaded once."""
-    engine = open_graph(artifact.path(GRAPH), EngineOptions())
+    fusion = fusion_of(artifact, EngineOptions())
+    engine = open_graph(artifact.path(fusion.rewritten or GRAPH), EngineOptions(), fusion=fusion)
     names = tuple(spec.name for spec in artifact.manifest.signature.outputs)
     return lambda bucket: OrtSession(bucket, engine, names)
 

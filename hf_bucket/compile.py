@@ -20,15 +20,16 @@ from hf_bucket.encode import Encoder, Text, Truncation, check_texts
 from hf_bucket.errors import DataError, LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
+from hf_bucket.fuse import choose_fusion
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
 from hf_bucket.ladder import Bucket, Ladder
-from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Manifest, Validation
+from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FusionChoice, Manifest, Validation
 from hf_bucket.planner import Histogram, resolve_ladder
 from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sample_batch, save_probes, validate
 from hf_bucket.quantize import NEEDED, SCHEMES, Calibration, Scheme, calibration, quantize
 from hf_bucket.recipe import Recipe
 from hf_bucket.session import Session
-from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph, open_variant
+from hf_bucket.session_ort import EngineOptions, OrtSession, fusion_of, open_graph, open_variant
 from hf_bucket.source import Files, Hub, Source, locate
 from hf_bucket.tasks import Signature, Task, get_task
 
@@ -372,9 +373,24 @@ def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
     report(f"specialising and checking {len(manifest.ladder)} buckets: {manifest.ladder}")
     for bucket in manifest.ladder:
         specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
+    if manifest.fusion is None:
+        manifest = replace(manifest, fusion=_fusion(folder, manifest, report))
     draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
     final = replace(draft.manifest, validation=check_buckets(draft), certificates=())
     (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
+
+
+def _fusion(folder: Path, manifest: Manifest, report: Report) -> FusionChoice | None:
+    """Return what to make of the graph in a folder that has a tokenizer, by measurement."""
+    encoder = Encoder((folder / "tokenizer.json").read_text(encoding="utf-8"), inputs=manifest.signature.input_names)
+    with quiet(False):
+        return choose_fusion(
+            folder,
+            manifest.ladder,
+            lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size),
+            rewrite=manifest.source["dtype"] == "float32",
+            report=report,
+        )
 
 
 def check_buckets(artifact: Artifact) -> tuple[Validation, ...]:
@@ -387,7 +403,8 @@ def check_buckets(artifact: Artifact) -> tuple[Validation, ...]:
     manifest, options = artifact.manifest, EngineOptions()
     reference, probes = load_probes(artifact.folder / PROBES)
     atol = math.inf if manifest.padding_leak is not None else ATOL.get(manifest.source["dtype"], math.inf)
-    shared = open_graph(artifact.path(GRAPH), options)
+    fusion = fusion_of(artifact, options)
+    shared = open_graph(artifact.path(fusion.rewritten or GRAPH), options, fusion=fusion)
     checks = []
     for bucket in manifest.ladder:
         static = open_variant(artifact, bucket, options)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -272,17 +272,26 @@ def quiet(verbose: bool) -> Iterator[None]:
     if verbose:
         yield
         return
-    from transformers.utils import logging as transformers_logging
-
-    bars = transformers_logging.is_progress_bar_enabled()
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    bars = _stop_bars()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(previous)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        bars()
+
+
+def _stop_bars() -> Callable[[], None]:
+    """Stop transformers' progress bars and return what starts them again; without transformers there are none."""
+    try:
+        from transformers.utils import logging as transformers_logging
+    except ImportError:
+        return lambda: None
+    if not transformers_logging.is_progress_bar_enabled():
+        return lambda: None
+    transformers_logging.disable_progress_bar()
+    enable: Callable[[], None] = transformers_logging.enable_progress_bar
+    return enable

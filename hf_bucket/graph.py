@@ -194,6 +194,30 @@ def _map_linked(model: ir.Model) -> None:
         value.const_value = onnx_ir.Tensor(content, name=tensor.name)
 
 
+def save_rewritten(model: ir.Model, graph: Path, target: Path) -> None:
+    """Write a graph that a tool made of ``graph``; weights that are the same are read from the same file, beside it."""
+    onnx_ir, _ = _libraries()
+    known = load_graph(graph).graph.initializers
+    for value in model.graph.initializers.values():
+        tensor, source = value.const_value, known.get(str(value.name))
+        if source is None or not isinstance(source.const_value, onnx_ir.ExternalTensor) or tensor is None:
+            continue
+        if tensor is not source.const_value and _same(tensor, source.const_value, graph.parent):
+            value.const_value = source.const_value
+    tidy(model)
+    onnx_ir.save(model, target)
+
+
+def _same(tensor: Any, external: Any, folder: Path) -> bool:
+    """Return whether a tensor has the content of one in the file of weights."""
+    if tensor.dtype != external.dtype or tensor.shape != external.shape:
+        return False
+    if hasattr(tensor, "location"):
+        return bool(tensor.location == external.location and tensor.offset == external.offset)
+    kind, size, offset = external.dtype.numpy(), external.size, external.offset or 0
+    return bool(np.array_equal(tensor.numpy().ravel(), np.fromfile(folder / WEIGHTS, kind, size, offset=offset)))
+
+
 def specialise(graph: Path, bucket: Bucket, signature: Signature, target: Path) -> None:
     """Write the variant of ``graph`` in which every shape is fixed to ``bucket``.
 

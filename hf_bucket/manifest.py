@@ -134,6 +134,23 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FusionChoice:
+    """What is made of the graph before onnxruntime runs it, in the names of ``fusions.FUSIONS``, and what decided.
+
+    Attributes:
+        provider: that it was measured with; others run the graph as it is.
+        chosen: what is best on the whole: for the graph behind all buckets, and for buckets that are not below.
+        buckets: per bucket measured, what its own graph runs with in ``mode="static"``.
+        relative: per bucket measured and way, seconds of a run over those of onnxruntime's own.
+    """
+
+    provider: str
+    chosen: str
+    buckets: Mapping[str, str]
+    relative: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything about an artifact that running it needs; written as ``bucket_config.json``.
 
@@ -147,6 +164,7 @@ class Manifest:
             it; None for all others, whose answer does not depend on padding.
         certificates: what ``hf-bucket validate`` found since, failures too.
         quantization: how the weights became int8; None where they did not.
+        fusion: what is made of the graph before it runs; None where runs were too short to tell what helps.
     """
 
     task: str
@@ -163,6 +181,7 @@ class Manifest:
     padding_leak: float | None = None
     certificates: tuple[Certificate, ...] = ()
     quantization: Quantization | None = None
+    fusion: FusionChoice | None = None
 
     def to_json(self) -> str:
         """Return the text of ``bucket_config.json``."""
@@ -181,6 +200,7 @@ class Manifest:
         data["validation"] = [asdict(validation) for validation in self.validation]
         data["certificates"] = [asdict(certificate) for certificate in self.certificates]
         data["quantization"] = None if self.quantization is None else asdict(self.quantization)
+        data["fusion"] = None if self.fusion is None else asdict(self.fusion)
         data["files"] = {name: asdict(record) for name, record in sorted(self.files.items())}
         return json.dumps({**data, "sha256": _digest(data)}, indent=2) + "\n"
 
@@ -223,6 +243,7 @@ class Manifest:
             validation=tuple(_read_validation(entry) for entry in data.each("validation")),
             certificates=tuple(_read_certificate(entry) for entry in data.each("certificates")),
             quantization=_read_quantization(data),
+            fusion=_read_fusion(data),
             files={
                 _file_name(name): FileRecord(size=entry.take("size", int), sha256=entry.take("sha256", str))
                 for name, entry in data.members("files")
@@ -382,6 +403,19 @@ def _read_quantization(data: _Reader) -> Quantization | None:
         weights_bytes=entry.take("weights_bytes", int),
         float_weights_bytes=entry.take("float_weights_bytes", int),
         speed=entry.table("speed", float),
+    )
+
+
+def _read_fusion(data: _Reader) -> FusionChoice | None:
+    if data.optional("fusion", dict) is None:
+        return None
+    entry = data.inside("fusion")
+    relative = entry.inside("relative")
+    return FusionChoice(
+        provider=entry.take("provider", str),
+        chosen=entry.take("chosen", str),
+        buckets=entry.table("buckets", str),
+        relative={bucket: relative.table(bucket, float) for bucket in relative.data},
     )
 
 

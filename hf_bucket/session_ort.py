@@ -24,6 +24,7 @@ from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
 from hf_bucket.batch import Array
 from hf_bucket.cache import warn_unwritable
 from hf_bucket.errors import ArtifactError, ProviderError
+from hf_bucket.fusions import OWN, Fusion, get_fusion
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
@@ -102,16 +103,36 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
         ArtifactError: onnxruntime cannot load a graph.
     """
     ladder, names = artifact.manifest.ladder, _output_names(artifact)
-    packed = packed_graph(artifact, options)
     if options.mode == "shared":
-        engine = open_graph(packed or artifact.path(GRAPH), options)
+        engine = open_shared(artifact, options)
         return {bucket: OrtSession(bucket, engine, names) for bucket in ladder}
-    if packed is None:
-        return {bucket: open_variant(artifact, bucket, options) for bucket in ladder}
-    return {bucket: OrtSession(bucket, open_graph(packed, options, bucket=bucket), names) for bucket in ladder}
+    sessions: dict[Bucket, Session] = {}
+    for bucket in ladder:
+        fusion = fusion_of(artifact, options, bucket)
+        packed = packed_graph(artifact, options, fusion)
+        if packed is None:
+            sessions[bucket] = open_variant(artifact, bucket, options)
+        else:
+            sessions[bucket] = OrtSession(bucket, open_graph(packed, options, bucket=bucket, fusion=fusion), names)
+    return sessions
 
 
-def packed_graph(artifact: Artifact, options: EngineOptions) -> Path | None:
+def open_shared(artifact: Artifact, options: EngineOptions) -> Any:
+    """Return the engine of the graph with free dimensions."""
+    fusion = fusion_of(artifact, options)
+    path = packed_graph(artifact, options, fusion) or artifact.path(fusion.rewritten or GRAPH)
+    return open_graph(path, options, fusion=fusion)
+
+
+def fusion_of(artifact: Artifact, options: EngineOptions, bucket: Bucket | None = None) -> Fusion:
+    """Return what the manifest wants made of the graph; of a bucket's own one, or of that behind all of them."""
+    choice = artifact.manifest.fusion
+    if choice is None or choice.provider != resolve_provider(options.provider):
+        return OWN
+    return get_fusion(choice.chosen if bucket is None else choice.buckets.get(bucket.name, choice.chosen))
+
+
+def packed_graph(artifact: Artifact, options: EngineOptions, fusion: Fusion = OWN) -> Path | None:
     """Return the artifact's graph, optimised and with weights packed for this machine; it lies in the cache.
 
     None for other providers, which have layouts of their own, and where the cache cannot be written.
@@ -120,16 +141,17 @@ def packed_graph(artifact: Artifact, options: EngineOptions) -> Path | None:
         return None
 
     def pack(folder: Path) -> None:
-        settings = _settings(EngineOptions(threads=1))
+        settings = _settings(EngineOptions(threads=1), fusion)
         settings.optimized_model_filepath = str(folder / GRAPH)
         settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-        _start(artifact.path(GRAPH), settings, {"providers": [CPU]})
+        arguments = {"providers": [CPU], "disabled_optimizers": [*fusion.disabled]}
+        _start(artifact.path(fusion.rewritten or GRAPH), settings, arguments)
 
     folder = machine_folder(artifact.graph_sha256())
     try:
-        made = made_once(folder / "packed", pack)
+        made = made_once(folder / f"packed-{fusion.name}", pack)
     except ArtifactError as error:
         open_graph(artifact.path(GRAPH), options)  # raises if the graph is at fault, and not the disk that is full
         warn_unwritable(error)
@@ -146,10 +168,7 @@ def open_dynamic(
         sessions: those of the ladder; in ``"shared"`` mode they run that graph already, and it is not loaded twice.
     """
     shared = next((session for session in sessions.values() if isinstance(session, OrtSession)), None)
-    if shared and options.mode == "shared":
-        engine = shared.engine
-    else:
-        engine = open_graph(packed_graph(artifact, options) or artifact.path(GRAPH), options)
+    engine = shared.engine if shared and options.mode == "shared" else open_shared(artifact, options)
     names = _output_names(artifact)
     return lambda bucket: OrtSession(bucket, engine, names)
 
@@ -167,23 +186,24 @@ Engine = Callable[[Artifact, EngineOptions], Mapping[Bucket, Session]]
 Dynamic = Callable[[Artifact, EngineOptions, Mapping[Bucket, Session]], Callable[[Bucket], Session]]
 
 
-def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = None) -> Any:
+def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = None, fusion: Fusion = OWN) -> Any:
     """Return an onnxruntime ``InferenceSession`` on one graph.
 
     Args:
         bucket: fixes the free dimensions of a packed graph.
+        fusion: what onnxruntime may make of it.
 
     Raises:
         ProviderError: the provider is not available here.
         ArtifactError: onnxruntime cannot load the graph.
     """
     provider = resolve_provider(options.provider)
-    settings = _settings(options)
-    arguments: dict[str, Any] = {}
+    settings = _settings(options, fusion)
+    arguments: dict[str, Any] = {"disabled_optimizers": [*fusion.disabled]}
     if bucket is not None:
         settings.add_free_dimension_override_by_name("batch", bucket.batch_size)
         settings.add_free_dimension_override_by_name("length", bucket.length)
-        arguments["disabled_optimizers"] = _UNPACKING
+        arguments["disabled_optimizers"] += _UNPACKING
     if provider in PLUGINS:
         settings.add_provider_for_devices(_devices(provider), dict(options.provider_options))
     else:
@@ -194,13 +214,17 @@ def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = No
     return engine
 
 
-def _settings(options: EngineOptions) -> Any:
+def _settings(options: EngineOptions, fusion: Fusion) -> Any:
     _share_arena()
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads or usable_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.use_env_allocators", "1")
+    # threads that wait for the next run by spinning would take the cores from other sessions
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if fusion.basic:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return settings
 
 

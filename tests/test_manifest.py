@@ -19,6 +19,7 @@ from hf_bucket.manifest import (
     SCHEMA_VERSION,
     Certificate,
     FileRecord,
+    FusionChoice,
     Manifest,
     Quantization,
     Try,
@@ -79,6 +80,12 @@ MANIFEST_OF_ALL_PARTS = Manifest(
         weights_bytes=100,
         float_weights_bytes=400,
         speed={"b4_s16": 2.5},
+    ),
+    fusion=FusionChoice(
+        provider="CPUExecutionProvider",
+        chosen="none",
+        buckets={"b4_s16": "onnxruntime"},
+        relative={"b4_s16": {"onnxruntime": 1.0, "none": 1.25}},
     ),
     files={"model.onnx": FileRecord(size=12, sha256="0" * 64), "config.json": FileRecord(size=0, sha256="1" * 64)},
 )
@@ -164,6 +171,16 @@ manifests = st.builds(
         float_weights_bytes=counts,
         speed=st.dictionaries(texts, st.floats(0, allow_infinity=False), max_size=2),
     ),
+    fusion=st.none()
+    | st.builds(
+        FusionChoice,
+        provider=texts,
+        chosen=texts,
+        buckets=st.dictionaries(texts, texts, max_size=2),
+        relative=st.dictionaries(
+            texts, st.dictionaries(texts, st.floats(0, allow_infinity=False), max_size=2), max_size=2
+        ),
+    ),
     files=st.dictionaries(file_names, st.builds(FileRecord, size=counts, sha256=texts), max_size=3),
 )
 json_values = st.recursive(
@@ -216,6 +233,9 @@ FREE_TABLES = {
     ("versions",),
     ("files",),
     ("quantization", "speed"),
+    ("fusion", "buckets"),
+    ("fusion", "relative"),
+    ("fusion", "relative", "b4_s16"),
 }  # their keys are names, not part of the schema
 KEYS = [path for path in VALUES if isinstance(path[-1], str) and path[:-1] not in FREE_TABLES]
 NULLABLE = {
@@ -231,6 +251,7 @@ NULLABLE = {
     ("certificates", 0, "reference_accuracy"),
     ("certificates", 0, "batch_s"),
     ("quantization",),
+    ("fusion",),
 }
 SAMPLES = (None, True, False, 7, 0.5, "text", [], {})
 

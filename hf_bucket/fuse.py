@@ -1,0 +1,161 @@
+"""Which fusions help is measured, per bucket, when a model is compiled; choice and figures go into the manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_bucket.artifact import GRAPH, WEIGHTS
+from hf_bucket.costs import SHORTEST_S, Batches, compare
+from hf_bucket.fusions import FUSIONS, OWN, Fusion
+from hf_bucket.graph import load_graph, save_rewritten
+from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.manifest import FusionChoice
+from hf_bucket.session import Session
+from hf_bucket.session_ort import CPU, EngineOptions, OrtSession, open_graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_TRIED = 4  # buckets that are timed, from the smallest to the largest
+_EACH_S = 1.0  # for one way against onnxruntime's own
+_GAIN = 0.97  # of the time: less is noise, and onnxruntime's own stays
+_OWN_WAY = 0.95  # of the time with what is best for all: then a bucket gets another, and weights of its own
+_ATOL = 1e-4  # of a logit, for logits up to 1 in size
+
+Relative = Mapping[str, Mapping[Bucket, float]]  # by way: seconds of a run over those of onnxruntime's own
+
+
+def choose_fusion(
+    folder: Path, ladder: Ladder, batches: Batches, *, rewrite: bool, report: Report
+) -> FusionChoice | None:
+    """Time what may be made of the graph in ``folder`` and return what to run; a graph that it needs is left there.
+
+    None where a run is too short to tell ways apart: then onnxruntime does what it does by itself.
+
+    Args:
+        batches: makes what a bucket runs on.
+        rewrite: also try graphs rewritten by transformers and by onnxruntime's offline tool, which know float only.
+        report: is told of a way that cannot be tried.
+    """
+    tried = _spread(ladder)
+    own = _Way(OWN, folder / GRAPH)
+    if own.seconds(tried[-1], batches) < SHORTEST_S:
+        return None
+    relative: dict[str, Mapping[Bucket, float]] = {OWN.name: dict.fromkeys(tried, 1.0)}
+    for fusion in FUSIONS[1:]:
+        if fusion.rewritten and not (rewrite and _rewrite(fusion, folder / GRAPH, report)):
+            continue
+        way = _Way(fusion, folder / (fusion.rewritten or GRAPH))
+        if fusion.rewritten and not own.agrees(way, tried[0], batches):
+            report(f"{fusion.name} changes the answer and is not used")
+            continue
+        relative[fusion.name] = own.compared(way, tried, batches)
+    choice = _choice(relative, tried)
+    for fusion in FUSIONS:
+        if fusion.rewritten and fusion.name not in {choice.chosen, *choice.buckets.values()}:
+            (folder / fusion.rewritten).unlink(missing_ok=True)
+    return choice
+
+
+Report = Callable[[str], None]
+
+
+def _spread(ladder: Ladder) -> list[Bucket]:
+    """Return some buckets from the smallest to the largest, by their cells."""
+    ordered = sorted(ladder, key=lambda bucket: bucket.cells)
+    places = np.linspace(0, len(ordered) - 1, min(_TRIED, len(ordered))).round().astype(int)
+    return [ordered[place] for place in dict.fromkeys(places.tolist())]
+
+
+def _choice(relative: Relative, tried: Sequence[Bucket]) -> FusionChoice:
+    """Return the way that is best on the whole, and for buckets where another is clearly better that one."""
+    total = {name: mean(ratios.values()) for name, ratios in relative.items()}
+    best = min(total, key=total.__getitem__)
+    chosen = best if total[best] <= _GAIN else OWN.name
+    buckets = {}
+    for bucket in tried:
+        quickest = min(relative, key=lambda name: relative[name][bucket])
+        clearly = relative[quickest][bucket] <= _OWN_WAY * relative[chosen][bucket]
+        buckets[bucket.name] = quickest if clearly else chosen
+    figures = {bucket.name: {name: ratios[bucket] for name, ratios in relative.items()} for bucket in tried}
+    return FusionChoice(provider=CPU, chosen=chosen, buckets=buckets, relative=figures)
+
+
+class _Way:
+    """One way of running a graph, on one thread."""
+
+    def __init__(self, fusion: Fusion, path: Path) -> None:
+        self._engine = open_graph(path, EngineOptions(threads=1), fusion=fusion)
+        self._names = tuple(output.name for output in self._engine.get_outputs())
+
+    def sessions(self, buckets: Sequence[Bucket]) -> dict[Bucket, Session]:
+        return {bucket: OrtSession(bucket, self._engine, self._names) for bucket in buckets}
+
+    def seconds(self, bucket: Bucket, batches: Batches) -> float:
+        found = compare({"own": self.sessions([bucket])}, batches, budget_s=0.1)
+        return found["own"][bucket]
+
+    def compared(self, other: _Way, buckets: Sequence[Bucket], batches: Batches) -> dict[Bucket, float]:
+        """Return the seconds of the other over those of this one, per bucket."""
+        systems = {"own": self.sessions(buckets), "other": other.sessions(buckets)}
+        found = compare(systems, batches, budget_s=_EACH_S)
+        timed = {bucket: found["other"][bucket] / seconds for bucket, seconds in found["own"].items()}
+        return {bucket: timed.get(bucket, timed[max(timed, key=lambda one: one.cells)]) for bucket in buckets}
+
+    def agrees(self, other: _Way, bucket: Bucket, batches: Batches) -> bool:
+        arrays = batches(bucket)
+        exact, got = (way.sessions([bucket])[bucket].run(arrays)["logits"].astype(float) for way in (self, other))
+        return bool(np.abs(got - exact).max() <= _ATOL * max(1.0, float(np.abs(exact).max())))
+
+
+def _rewrite(fusion: Fusion, graph: Path, report: Report) -> bool:
+    """Write the graph as a tool rewrites it, with the same file of weights; False, and a line, where that fails."""
+    tools: dict[str, Callable[[ir.Model, Path], ir.Model]] = {
+        "ort_fusions": _by_transformers,
+        "onnxruntime.transformers": _by_onnxruntime,
+    }
+    try:
+        save_rewritten(tools[fusion.name](load_graph(graph), graph), graph, graph.with_name(fusion.rewritten))
+    except Exception as error:  # noqa: BLE001 - a tool that cannot take this graph makes nothing faster, and says why
+        reason = next(iter(str(error).splitlines()), "")
+        report(f"{fusion.name} cannot be tried on this model: {type(error).__name__}: {reason}")
+        return False
+    return True
+
+
+def _by_transformers(model: ir.Model, graph: Path) -> ir.Model:
+    from onnx_ir.passes import common
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    model = common.ShapeInferencePass()(model).model
+    fuse_for_onnxruntime(model, "cpu")
+    return model
+
+
+def _by_onnxruntime(model: ir.Model, graph: Path) -> ir.Model:
+    import onnx_ir
+    from onnxruntime.transformers import optimizer
+
+    with tempfile.TemporaryDirectory(prefix="hf_bucket-") as name:  # it refuses weights that have a hard link
+        for file in (GRAPH, WEIGHTS):
+            shutil.copyfile(graph.parent / file, Path(name) / file)
+        found = optimizer.optimize_model(str(Path(name) / GRAPH), _model_type(graph.parent), opt_level=0)
+        return onnx_ir.serde.deserialize_model(found.model)
+
+
+def _model_type(folder: Path) -> str:
+    """Return which of the tool's models this is; those that it does not know are treated as BERT, its default."""
+    from onnxruntime.transformers.optimizer import MODEL_TYPES
+
+    path = folder / "config.json"
+    config: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = str(config.get("model_type", "bert"))
+    return name if name in MODEL_TYPES else "bert"

@@ -1,0 +1,193 @@
+"""What is made of a graph before it runs is chosen by measurement, and whatever is chosen, the answer is the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import text_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_bucket import fuse
+from hf_bucket.artifact import GRAPH, Artifact, open_artifact, record_files
+from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.encode import Encoder
+from hf_bucket.errors import ArtifactError
+from hf_bucket.fuse import _choice, _spread, choose_fusion
+from hf_bucket.fusions import FUSIONS, OWN, get_fusion
+from hf_bucket.ladder import Bucket, make_ladder
+from hf_bucket.manifest import MANIFEST, FusionChoice
+from hf_bucket.probes import sample_batch
+from hf_bucket.runner import Runner, RunOptions
+from hf_bucket.session_ort import EngineOptions, Mode
+from hf_bucket.source import Source
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+TEXTS = [text_of(length) for length in (1, 5, 6, 13, 14, 3, 2)]
+NAMES = [fusion.name for fusion in FUSIONS]
+REWRITTEN = [fusion for fusion in FUSIONS if fusion.rewritten]
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_bert: Path) -> Artifact:
+    return compile_model(Source(name=str(tiny_bert)), CompileOptions(buckets=[8, 16], batch_sizes=[1, 3]))
+
+
+@pytest.fixture
+def folder(compiled: Artifact, tmp_path: Path) -> Path:
+    """A copy that graphs may be left in."""
+    return Path(shutil.copytree(compiled.folder, tmp_path / "model"))
+
+
+def tried(folder: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], **options: bool) -> FusionChoice | None:
+    """The choice for the tiny model, as if its runs were long enough to tell."""
+    monkeypatch.setattr(fuse, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(fuse, "_EACH_S", 0.01)
+    manifest = open_artifact(folder).manifest
+    encoder = Encoder((folder / "tokenizer.json").read_text(), inputs=manifest.signature.input_names)
+
+    def batches(bucket: Bucket) -> Mapping[str, np.ndarray]:
+        return sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size)
+
+    return choose_fusion(folder, manifest.ladder, batches, rewrite=options.get("rewrite", True), report=said.append)
+
+
+def logits(artifact: Artifact, mode: Mode = "shared") -> np.ndarray:
+    return np.stack([row["logits"] for row in Runner(artifact, RunOptions(engine=EngineOptions(mode=mode)))(TEXTS)])
+
+
+# the answer
+
+
+@pytest.mark.parametrize("mode", ["shared", "static"])
+@pytest.mark.parametrize("fusion", FUSIONS, ids=NAMES)
+def test_every_way_gives_the_same_answer(
+    compiled: Artifact, folder: Path, monkeypatch: pytest.MonkeyPatch, fusion, mode: Mode
+) -> None:
+    def always(relative: fuse.Relative, buckets: object) -> FusionChoice:
+        assert set(relative) == set(NAMES), "all of them could be tried"
+        return FusionChoice(provider="CPUExecutionProvider", chosen=fusion.name, buckets={}, relative={})
+
+    monkeypatch.setattr(fuse, "_choice", always)
+    said: list[str] = []
+    choice = tried(folder, monkeypatch, said)
+    assert said == []
+    left = {path.name for path in folder.iterdir()} - {path.name for path in compiled.folder.iterdir()}
+    assert left == ({fusion.rewritten} if fusion.rewritten else set()), "only the graph that is run stays"
+    manifest = replace(open_artifact(compiled.folder).manifest, fusion=choice, files=record_files(folder))
+    (folder / MANIFEST).write_text(manifest.to_json())
+    np.testing.assert_allclose(logits(open_artifact(folder), mode), logits(compiled), atol=1e-5)
+
+
+def test_rewritten_graphs_take_their_weights_from_the_same_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    weights = (folder / f"{GRAPH}.data").stat().st_size
+    tried(folder, monkeypatch, [])
+    for fusion in REWRITTEN:
+        assert (folder / fusion.rewritten).stat().st_size < weights
+        assert f"{GRAPH}.data".encode() in (folder / fusion.rewritten).read_bytes()
+
+
+def test_a_manifest_that_asks_for_an_unknown_way_is_refused(folder: Path) -> None:
+    choice = FusionChoice(provider="CPUExecutionProvider", chosen="magic", buckets={}, relative={})
+    manifest = replace(open_artifact(folder).manifest, fusion=choice)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    with pytest.raises(
+        ArtifactError, match=r"asks for the fusion 'magic', known are onnxruntime, .*; upgrade hf_bucket"
+    ):
+        Runner(open_artifact(folder))
+
+
+def test_another_provider_runs_the_graph_as_it_is(folder: Path) -> None:
+    choice = FusionChoice(provider="SomeExecutionProvider", chosen="magic", buckets={}, relative={})
+    manifest = replace(open_artifact(folder).manifest, fusion=choice)
+    (folder / MANIFEST).write_text(manifest.to_json())
+    assert len(logits(open_artifact(folder))) == len(TEXTS)
+
+
+# the choice
+
+
+def test_runs_too_short_to_tell_choose_nothing(compiled: Artifact) -> None:
+    assert compiled.manifest.fusion is None
+
+
+def test_every_bucket_tried_has_its_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tried(folder, monkeypatch, [], rewrite=False)
+    assert found is not None
+    assert (
+        set(found.relative)
+        == set(found.buckets)
+        == {bucket.name for bucket in make_ladder([8, 16], batch_sizes=[1, 3])}
+    )
+    for ratios in found.relative.values():
+        assert set(ratios) == set(NAMES) - {fusion.name for fusion in REWRITTEN}
+        assert ratios[OWN.name] == 1.0
+        assert min(ratios.values()) > 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 99)), min_size=1, max_size=12, unique=True))
+def test_buckets_tried_reach_from_the_smallest_to_the_largest(pairs: list[tuple[int, int]]) -> None:
+    ladder = make_ladder(pairs)
+    found = _spread(ladder)
+    cells = sorted(bucket.cells for bucket in ladder)
+    assert len(found) == len(set(found)) == min(4, len(ladder))
+    assert [bucket.cells for bucket in found] == sorted(bucket.cells for bucket in found)
+    assert found[-1].cells == cells[-1]
+    assert found[0].cells == cells[0]
+
+
+SMALL, LARGE = make_ladder([(1, 8), (8, 64)])
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "chosen", "buckets"),
+    [
+        pytest.param(0.98, 0.99, "onnxruntime", ("onnxruntime", "onnxruntime"), id="noise changes nothing"),
+        pytest.param(0.9, 0.8, "none", ("none", "none"), id="better for both"),
+        pytest.param(1.1, 0.8, "none", ("onnxruntime", "none"), id="better on the whole, worse for one"),
+        pytest.param(1.2, 0.9, "onnxruntime", ("onnxruntime", "none"), id="worse on the whole, better for one"),
+        pytest.param(0.94, 0.99, "none", ("none", "none"), id="a little better on the whole"),
+    ],
+)
+def test_the_best_on_the_whole_is_chosen_and_another_where_it_is_clearly_better(
+    small: float, large: float, chosen: str, buckets: tuple[str, str]
+) -> None:
+    relative = {OWN.name: {SMALL: 1.0, LARGE: 1.0}, "none": {SMALL: small, LARGE: large}}
+    found = _choice(relative, [SMALL, LARGE])
+    assert (found.chosen, tuple(found.buckets.values())) == (chosen, buckets)
+    assert found.relative == {bucket.name: {n: r[bucket] for n, r in relative.items()} for bucket in (SMALL, LARGE)}
+
+
+@pytest.mark.parametrize("fusion", REWRITTEN, ids=[fusion.name for fusion in REWRITTEN])
+def test_a_tool_that_fails_is_reported_and_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch, fusion) -> None:
+    def fails(model: object, graph: Path) -> None:
+        raise RuntimeError("no such pattern\nand more")
+
+    monkeypatch.setattr(fuse, "_by_transformers" if fusion is REWRITTEN[0] else "_by_onnxruntime", fails)
+    said: list[str] = []
+    found = tried(folder, monkeypatch, said)
+    assert said == [f"{fusion.name} cannot be tried on this model: RuntimeError: no such pattern"]
+    assert found is not None
+    assert all(fusion.name not in ratios for ratios in found.relative.values())
+
+
+def test_a_tool_that_changes_the_answer_is_reported_and_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse, "_ATOL", -1.0)
+    said: list[str] = []
+    found = tried(folder, monkeypatch, said)
+    assert said == [f"{fusion.name} changes the answer and is not used" for fusion in REWRITTEN]
+    assert found is not None
+    assert not [fusion for fusion in REWRITTEN if (folder / fusion.rewritten).exists()]
+
+
+def test_ways_have_names_of_their_own() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    assert [get_fusion(name) for name in NAMES] == list(FUSIONS)
