@@ -28,10 +28,12 @@ from hf_bucket.fusions import OWN, Fusion, get_fusion
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
+from hf_bucket.session_openvino import open_openvino
 
 Mode = Literal["shared", "static"]
 
 CPU = "CPUExecutionProvider"
+OPENVINO = "openvino"  # OpenVINO's own runtime; "OpenVINOExecutionProvider" is the same inside onnxruntime
 
 # Providers that come as a plugin: package that brings it.
 PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
@@ -72,7 +74,7 @@ class EngineOptions:
     def for_many_batches(self) -> EngineOptions:
         """Return the options of sessions that several workers use at once, and how many workers there are."""
         threads = self.threads or 1
-        on_cpu = resolve_provider(self.provider) == CPU
+        on_cpu = resolve_provider(self.provider) in (CPU, OPENVINO)
         workers = self.workers or (max(1, usable_cores() // threads) if on_cpu else 1)
         return replace(self, workers=workers, threads=threads if workers > 1 else self.threads)
 
@@ -198,6 +200,10 @@ def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = No
         ArtifactError: onnxruntime cannot load the graph.
     """
     provider = resolve_provider(options.provider)
+    if provider == OPENVINO:
+        streams = options.workers or 1
+        threads = streams * options.threads or usable_cores()
+        return open_openvino(path, threads=threads, streams=streams, options=options.provider_options)
     settings = _settings(options, fusion)
     arguments: dict[str, Any] = {"disabled_optimizers": [*fusion.disabled]}
     if bucket is not None:
@@ -290,7 +296,8 @@ def _devices(provider: str) -> list[Any]:
 def installed_providers() -> list[str]:
     """Return the execution providers that onnxruntime has here, plugins included."""
     plugins = [name for name, package in PLUGINS.items() if importlib.util.find_spec(package)]
-    return [*onnxruntime.get_available_providers(), *plugins]
+    runtime = [OPENVINO] if importlib.util.find_spec("openvino") else []
+    return [*onnxruntime.get_available_providers(), *plugins, *runtime]
 
 
 def resolve_provider(name: str) -> str:
@@ -302,7 +309,7 @@ def resolve_provider(name: str) -> str:
     if name == "auto":
         return CPU
     if name not in installed_providers():
-        missing = f" (pip install hf-bucket[openvino] brings {name})" if name in PLUGINS else ""
+        missing = f" (pip install hf-bucket[openvino] brings {name})" if name in (*PLUGINS, OPENVINO) else ""
         raise ProviderError(
             f'provider {name!r} is not installed{missing}; use "auto" or one of {", ".join(installed_providers())}'
         )

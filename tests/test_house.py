@@ -21,7 +21,7 @@ ROOMS = (
     {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "describe", "stats", "workers"},
-    {"facts", "probes", "machine"},
+    {"facts", "probes", "machine", "session_openvino"},
     {"session_ort", "costs"},
     {"export", "runner", "systems", "quantize", "fuse"},
     {"compile", "evaluate", "certificate"},

@@ -1,0 +1,138 @@
+"""OpenVINO's runtime behind the same buckets: the promises that onnxruntime keeps, kept by another engine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import text_of
+
+import hf_bucket
+from hf_bucket import session_ort
+from hf_bucket.artifact import GRAPH, Artifact
+from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.errors import ArtifactError, DependencyError, ProviderError
+from hf_bucket.session_openvino import open_openvino
+from hf_bucket.session_ort import OPENVINO, resolve_provider
+from hf_bucket.source import Source
+
+pytest.importorskip("openvino", reason='openvino is not installed; pip install "hf-bucket[openvino]"')
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2, 30)]
+LATE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_bert: Path) -> Artifact:
+    return compile_model(Source(name=str(tiny_bert)), CompileOptions(buckets=[8, 16, 40], batch_sizes=[1, 3]))
+
+
+@pytest.fixture(scope="module")
+def plain(compiled: Artifact) -> np.ndarray:
+    """The answers of onnxruntime's CPU provider, every text alone."""
+    runner = hf_bucket.load(compiled.folder)
+    return np.stack([runner([text])[0]["logits"] for text in TEXTS])
+
+
+def load(artifact: Artifact, **options: Any) -> hf_bucket.runner.Runner:
+    return hf_bucket.load(artifact.folder, provider=OPENVINO, **options)
+
+
+def logits(runner: Any, texts: list[str]) -> np.ndarray:
+    return np.stack([row["logits"] for row in runner(texts)])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("mode", ["shared", "static"])
+def test_every_text_has_the_answer_it_has_alone_on_the_cpu_provider(
+    compiled: Artifact, plain: np.ndarray, mode: str, workers: int
+) -> None:
+    runner = load(compiled, mode=mode, workers=workers, measure_s=0.0)
+    np.testing.assert_allclose(logits(runner, TEXTS), plain, atol=1e-5)
+    np.testing.assert_allclose(logits(runner, TEXTS[::-1]), plain[::-1], atol=1e-5)
+    runner.close()
+    np.testing.assert_allclose(logits(runner, TEXTS), plain, atol=1e-5)
+
+
+def test_a_text_longer_than_any_bucket_runs_at_its_own_length(compiled: Artifact) -> None:
+    text = text_of(50)
+    got = load(compiled, overflow="dynamic")([text])[0]["logits"]
+    expected = hf_bucket.load(compiled.folder, overflow="dynamic")([text])[0]["logits"]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_sixteen_threads_get_the_sequential_answers(compiled: Artifact, plain: np.ndarray) -> None:
+    runner = load(compiled, workers=2)
+
+    def ask(number: int) -> None:
+        which = pickle.loads(pickle.dumps(runner)) if number % 30 == 0 else runner
+        chosen = [number % len(TEXTS), (number * 3 + 1) % len(TEXTS)]
+        np.testing.assert_allclose(logits(which, [TEXTS[one] for one in chosen]), plain[chosen], atol=1e-5)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(ask, range(90)))
+
+
+def _answer(runner: Any, queue: Any) -> None:
+    try:
+        queue.put(logits(runner, TEXTS))
+    except ProviderError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_process_opens_sessions_of_its_own_or_says_why_it_cannot(
+    compiled: Artifact, plain: np.ndarray, method: str
+) -> None:
+    runner = load(compiled)
+    runner(TEXTS)
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    child = context.Process(target=_answer, args=(runner, queue))
+    child.start()
+    got = queue.get()
+    if method == "fork":  # OpenVINO's threads do not survive it
+        assert "OpenVINO was used before this process was forked" in got
+    else:
+        np.testing.assert_allclose(got, plain, atol=1e-5)
+    child.join(LATE_S)
+    assert child.exitcode == 0
+
+
+def test_int8_does_not_depend_on_neighbours_here_either(tiny_bert: Path) -> None:
+    calibration = [text_of(length % 20 + 1, length * 7) for length in range(60)]
+    options = CompileOptions(buckets=[8, 24], batch_sizes=[1, 4], quantize="int8", calibration=calibration)
+    runner = load(compile_model(Source(name=str(tiny_bert)), options))
+    texts = TEXTS[:-1]
+    alone = np.concatenate([logits(runner, [text]) for text in texts])
+    np.testing.assert_allclose(logits(runner, texts), alone, atol=1e-5)
+
+
+def test_properties_reach_the_device_and_unknown_ones_are_answered_with_the_list(
+    compiled: Artifact, plain: np.ndarray
+) -> None:
+    runner = load(compiled, provider_options={"INFERENCE_NUM_THREADS": "1"})
+    np.testing.assert_allclose(logits(runner, TEXTS), plain, atol=1e-5)
+    with pytest.raises(ProviderError, match=r"OpenVINO has no property NONSENSE; it has .*INFERENCE_NUM_THREADS"):
+        load(compiled, provider_options={"NONSENSE": "1"})
+
+
+def test_a_graph_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / GRAPH).write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match=rf"{GRAPH} cannot be loaded by OpenVINO: "):
+        open_openvino(tmp_path / GRAPH, threads=1, streams=1, options={})
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(session_ort.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ProviderError, match=r"'openvino' is not installed \(pip install hf-bucket\[openvino\]"):
+        resolve_provider(OPENVINO)
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(DependencyError, match=r'pip install "hf-bucket\[openvino\]"'):
+        open_openvino(tmp_path / GRAPH, threads=1, streams=1, options={})
