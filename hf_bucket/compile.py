@@ -21,7 +21,9 @@ from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
 from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.machine import available_bytes
 from hf_bucket.manifest import MANIFEST, Manifest, Validation
+from hf_bucket.memory import check_fits, footprint
 from hf_bucket.planner import Histogram, resolve_ladder
 from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, save_probes, validate
 from hf_bucket.recipe import Recipe
@@ -281,9 +283,13 @@ def _extend(artifact: Artifact, ladder: Ladder, folder: Path, report: Report) ->
 def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
     """Write and check the variants of a folder that holds everything else, then its manifest."""
     report(f"specialising and checking {len(manifest.ladder)} buckets: {manifest.ladder}")
-    for bucket in manifest.ladder:
-        specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
-    draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
+    peaks = {
+        bucket.name: specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
+        for bucket in manifest.ladder
+    }
+    memory = {name: peak for name, peak in peaks.items() if peak is not None}
+    draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder), memory=memory))
+    check_fits(footprint(draft.manifest), available_bytes())
     final = replace(draft.manifest, validation=check_buckets(draft), certificates=())
     (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
 

@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, cast, get_args
 
 from hf_bucket.errors import ArtifactError, LadderError
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.tasks import AXES, InputSpec, OutputSpec, PaddingSide, Signature
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "bucket_config.json"
 
 T = TypeVar("T")
@@ -96,6 +96,8 @@ class Manifest:
         source: where the model came from, by name and revision, and how the graph was made.
         padding_leak: how far torch's own logits moved when a row was padded, for a model that was compiled in spite of
             it; None for all others, whose answer does not depend on padding.
+        memory: bytes that one run of a bucket computes in, by the bucket's name: the most that its tensors take at
+            once, weights not counted. A bucket is missing where that depends on what it is given.
         certificates: what ``hf-bucket validate`` found since, failures too.
     """
 
@@ -111,6 +113,7 @@ class Manifest:
     validation: tuple[Validation, ...]
     files: Mapping[str, FileRecord]
     padding_leak: float | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
     certificates: tuple[Certificate, ...] = ()
 
     def to_json(self) -> str:
@@ -128,6 +131,7 @@ class Manifest:
         data["labels"] = list(self.labels)
         data["source"], data["versions"] = dict(self.source), dict(self.versions)
         data["validation"] = [asdict(validation) for validation in self.validation]
+        data["memory"] = dict(self.memory)
         data["certificates"] = [asdict(certificate) for certificate in self.certificates]
         data["files"] = {name: asdict(record) for name, record in sorted(self.files.items())}
         return json.dumps({**data, "sha256": _digest(data)}, indent=2) + "\n"
@@ -169,6 +173,7 @@ class Manifest:
             source=data.table("source", str),
             versions=data.table("versions", str),
             validation=tuple(_read_validation(entry) for entry in data.each("validation")),
+            memory=_read_memory(data),
             certificates=tuple(_read_certificate(entry) for entry in data.each("certificates")),
             files={
                 _file_name(name): FileRecord(size=entry.take("size", int), sha256=entry.take("sha256", str))
@@ -286,6 +291,14 @@ def _read_validation(entry: _Reader) -> Validation:
         n=entry.take("n", int),
         reference=entry.take("reference", str),
     )
+
+
+def _read_memory(data: _Reader) -> dict[str, int]:
+    memory = data.table("memory", int)
+    for name, value in memory.items():
+        if value < 0:
+            raise ArtifactError(f"{MANIFEST} has {value} at memory.{name}, expected at least 0; do not trust it")
+    return memory
 
 
 def _read_certificate(entry: _Reader) -> Certificate:

@@ -125,6 +125,14 @@ def tolerance(expected: NDArray[np.float64], atol: float) -> float:
     return atol * max(1.0, float(np.abs(expected).max(initial=0.0)))
 
 
+def sample(
+    encoder: Encoder, bucket: Bucket, signature: Signature, vocab_size: int | None
+) -> Mapping[str, NDArray[np.generic]]:
+    """Return a batch whose one row looks like a text: some heads fail without their special tokens."""
+    rows = probe_rows(encoder, bucket.length, vocab_size, lengths=[bucket.length])
+    return pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), signature).arrays
+
+
 def probe_features(rows: Sequence[tuple[int, ...]]) -> Features:
     """Return rows of token ids as a request of single texts, with every input that a graph may take."""
     return Features(

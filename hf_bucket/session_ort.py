@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnxruntime
@@ -28,15 +28,16 @@ from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
 
-Mode = Literal["shared", "static"]
+Mode = Literal["shared", "static", "auto"]
 
 CPU = "CPUExecutionProvider"
 
 # Providers that come as a plugin: package that brings it.
 PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
 
-# It turns a MatMul and an Add of fixed shapes into a Gemm, whose weights would be packed anew for every bucket.
-_UNPACKING = ["MatMulAddFusion"]
+# What onnxruntime does to fixed shapes and should not. The first turns a MatMul and an Add into a Gemm, whose weights
+# would be packed anew for every bucket; the second joins two nodes into one whose kernel is slower on one thread.
+_UNWANTED = ["MatMulAddFusion", "SkipLayerNormFusion"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class EngineOptions:
 
     Attributes:
         mode: ``"shared"`` runs every bucket on one graph with free dimensions; ``"static"`` gives every bucket a
-            session of its own, with fixed shapes.
+            session of its own, with fixed shapes; ``"auto"`` is static where that is faster and fits (``preflight``).
         provider: an onnxruntime execution provider by name, or ``"auto"``.
         provider_options: passed to the provider as they are.
         threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
@@ -61,8 +62,8 @@ class EngineOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("shared", "static"):
-            raise ProviderError(f'mode must be "shared" or "static", got {self.mode!r}')
+        if self.mode not in get_args(Mode):
+            raise ProviderError(f'mode must be "shared", "static" or "auto", got {self.mode!r}')
         for name, zero in (("threads", "every core"), ("workers", "as many as the cores allow")):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -95,7 +96,7 @@ class OrtSession:
 
 
 def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Session]:
-    """Return a session for every bucket of the ladder.
+    """Return a session for every bucket of the ladder; ``mode="auto"``, if nobody has chosen yet, is shared.
 
     Raises:
         ProviderError: the provider is not available here.
@@ -103,7 +104,7 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
     """
     ladder, names = artifact.manifest.ladder, _output_names(artifact)
     packed = packed_graph(artifact, options)
-    if options.mode == "shared":
+    if options.mode != "static":
         engine = open_graph(packed or artifact.path(GRAPH), options)
         return {bucket: OrtSession(bucket, engine, names) for bucket in ladder}
     if packed is None:
@@ -146,7 +147,7 @@ def open_dynamic(
         sessions: those of the ladder; in ``"shared"`` mode they run that graph already, and it is not loaded twice.
     """
     shared = next((session for session in sessions.values() if isinstance(session, OrtSession)), None)
-    if shared and options.mode == "shared":
+    if shared and options.mode != "static":
         engine = shared.engine
     else:
         engine = open_graph(packed_graph(artifact, options) or artifact.path(GRAPH), options)
@@ -183,7 +184,7 @@ def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = No
     if bucket is not None:
         settings.add_free_dimension_override_by_name("batch", bucket.batch_size)
         settings.add_free_dimension_override_by_name("length", bucket.length)
-        arguments["disabled_optimizers"] = _UNPACKING
+        arguments["disabled_optimizers"] = _UNWANTED
     if provider in PLUGINS:
         settings.add_provider_for_devices(_devices(provider), dict(options.provider_options))
     else:
@@ -200,6 +201,9 @@ def _settings(options: EngineOptions) -> Any:
     settings.intra_op_num_threads = options.threads or usable_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    # Both plan where tensors lie before a run, and keep more than they save: see docs/memory.md.
+    settings.enable_mem_pattern = False
+    settings.enable_mem_reuse = False
     settings.add_session_config_entry("session.use_env_allocators", "1")
     return settings
 

@@ -32,6 +32,7 @@ MANIFEST_OF_ALL_PARTS = Manifest(
         counted_id=2,
     ),
     padding_leak=0.5,
+    memory={"b1_s8": 4096, "b4_s16": 70000},
     max_length=64,
     vocab_size=94,
     labels=("no", "yes"),
@@ -79,6 +80,7 @@ manifests = st.builds(
         counted_id=st.none() | counts,
     ),
     padding_leak=st.none() | st.floats(0, allow_infinity=False),
+    memory=st.dictionaries(texts, counts, max_size=3),
     max_length=st.none() | counts,
     vocab_size=st.none() | counts,
     labels=st.lists(texts, max_size=3).map(tuple),
@@ -160,7 +162,7 @@ def spelled(path: Path) -> str:
 
 
 VALUES = dict(walk(data()))
-FREE_TABLES = {"source", "versions", "files"}  # their keys are names, not part of the schema
+FREE_TABLES = {"source", "versions", "files", "memory"}  # their keys are names, not part of the schema
 KEYS = [path for path in VALUES if isinstance(path[-1], str) and not (len(path) == 2 and path[0] in FREE_TABLES)]
 NULLABLE = {
     ("max_length",),
@@ -313,6 +315,7 @@ def test_a_file_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
         pytest.param(("signature", "outputs", 0, "axes", 0), "", "unknown axis '' at signature.outputs", id="no axis"),
         pytest.param(("signature", "inputs", 1, "dtype"), "object", "dtype 'object' at signature.inputs", id="dtype"),
         pytest.param(("signature", "outputs", 0, "dtype"), "complex64", "dtype 'complex64' at sig", id="output dtype"),
+        pytest.param(("memory", "b1_s8"), -1, "has -1 at memory.b1_s8, expected at least 0", id="negative memory"),
         pytest.param(("validation", 0, "max_abs_delta"), float("nan"), "has nan at validation", id="NaN"),
         pytest.param(("validation", 0, "max_abs_delta"), float("inf"), "has inf at validation", id="infinity"),
         pytest.param(("validation", 0, "max_abs_delta"), 10**400, "at validation.0..max_abs_delta", id="huge number"),
