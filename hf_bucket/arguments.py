@@ -12,6 +12,7 @@ from hf_bucket import __version__
 from hf_bucket.errors import BucketError
 from hf_bucket.overflow import make_overflow
 
+MODES = ("shared", "static", "auto")
 KINDS = ("text", "jsonl", "csv", "parquet")
 
 EXAMPLES = """\
@@ -122,7 +123,7 @@ def _add_predict(commands: Commands) -> None:
     parser.add_argument("--batch-sizes", type=counts, help="for a model that is no artifact, as in compile")
     parser.add_argument("--top-k", type=count, help="labels per row, best first (default: the best alone)")
     parser.add_argument("--overflow", type=overflow, help="truncate (default), error, window, dynamic; with options")
-    parser.add_argument("--mode", choices=("shared", "static"), help="how weights are held (default: shared)")
+    parser.add_argument("--mode", choices=MODES, help="how weights are held (default: shared)")
     parser.add_argument("--provider", help="onnxruntime execution provider (default: auto)")
     parser.add_argument("--window", type=count, default=1024, help="rows read ahead (default: 1024)")
     _add_output_flags(parser)
@@ -133,7 +134,7 @@ def _add_tune(commands: Commands) -> None:
     parser = commands.add_parser("tune", help="measure what every bucket costs on this machine, and keep it")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--seconds", type=difference, default=10.0, help="to spend, about (default: 10)")
-    parser.add_argument("--mode", choices=("shared", "static"), default="shared", help="default: shared")
+    parser.add_argument("--mode", choices=MODES, default="shared", help="auto compares the two (default: shared)")
     parser.add_argument("--provider", default="auto", help="onnxruntime execution provider (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(command="tune")
@@ -159,7 +160,7 @@ def _add_eval(commands: Commands) -> None:
     add("--rounds", type=count, help="times every system runs, in turns (default 3)")
     add("--label-order", type=names, help="the task's labels in the model's order, such as neutral,entailment,...")
     add("--quantize", choices=("int8", "int8-dynamic"), help="of the bucketed model, as in compile")
-    add("--mode", help="how the bucketed model holds its weights, such as shared or static")
+    add("--mode", help="how the bucketed model holds its weights, shared, static or auto")
     add("--provider", help="onnxruntime execution provider")
     add("--revision", help="branch, tag or commit of the model")
     add("--pipeline-batch-size", type=count, default=32, help="of the pipeline and of sorted torch (default 32)")

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -135,11 +135,16 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _print_artifact(artifact: Artifact, options: argparse.Namespace) -> None:
-    from hf_bucket.describe import describe_artifact
+    from hf_bucket.describe import describe_artifact, memory_figures
+    from hf_bucket.session_ort import EngineOptions
 
+    at_once = EngineOptions().for_many_batches().workers
+    if not options.json:
+        print(describe_artifact(artifact, at_once=at_once))
+        return
     manifest = json.loads(artifact.manifest.to_json())
-    as_json = json.dumps({"folder": str(artifact.folder), **manifest}, indent=2)
-    print(as_json if options.json else describe_artifact(artifact))
+    running = memory_figures(artifact.manifest, at_once=at_once)
+    print(json.dumps({"folder": str(artifact.folder), **manifest, "running": running}, indent=2))
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -214,14 +219,24 @@ def _watch(rows: Iterable[T], what: str, total: int) -> Iterable[T]:
 
 def _tune(options: argparse.Namespace) -> int:
     from hf_bucket.artifact import open_artifact
-    from hf_bucket.describe import describe_costs
+    from hf_bucket.describe import describe_choice, describe_costs
+    from hf_bucket.preflight import choose
     from hf_bucket.runner import Runner, RunOptions
     from hf_bucket.session_ort import EngineOptions
 
+    artifact, choice = open_artifact(options.artifact), None
     engine = EngineOptions(mode=options.mode, provider=options.provider)
-    runner = Runner(open_artifact(options.artifact), RunOptions(engine=engine))
+    if options.mode == "auto":
+        options.seconds /= 2  # half for the modes, half for the buckets
+        choice = choose(artifact, engine, budget_s=options.seconds, again=True)
+        engine = replace(engine, mode=choice.mode)
+    runner = Runner(artifact, RunOptions(engine=engine))
     costs = runner.measure(options.seconds)
-    print(json.dumps(costs.to_json(), indent=2) if options.json else describe_costs(costs, runner.ladder))
+    if options.json:
+        chosen = {} if choice is None else {"choice": choice.to_json()}
+        print(json.dumps({**costs.to_json(), **chosen}, indent=2))
+    else:
+        print(*([] if choice is None else [describe_choice(choice)]), describe_costs(costs, runner.ladder), sep="\n\n")
     runner.close()
     return 0
 

@@ -23,7 +23,9 @@ from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.fuse import choose_fusion
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
 from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.machine import available_bytes
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FusionChoice, Manifest, Validation
+from hf_bucket.memory import check_fits, footprint
 from hf_bucket.planner import Histogram, resolve_ladder
 from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sample_batch, save_probes, validate
 from hf_bucket.quantize import NEEDED, SCHEMES, Calibration, Scheme, calibration, quantize
@@ -371,8 +373,12 @@ _COMPARED_S = 3.0
 def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
     """Write and check the variants of a folder that holds everything else, then its manifest."""
     report(f"specialising and checking {len(manifest.ladder)} buckets: {manifest.ladder}")
-    for bucket in manifest.ladder:
-        specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
+    peaks = {
+        bucket.name: specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
+        for bucket in manifest.ladder
+    }
+    manifest = replace(manifest, memory={name: peak for name, peak in peaks.items() if peak is not None})
+    check_fits(footprint(replace(manifest, files=record_files(folder))), available_bytes())
     if manifest.fusion is None:
         manifest = replace(manifest, fusion=_fusion(folder, manifest, report))
     draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 
 from hf_bucket.artifact import WEIGHTS, Artifact
 from hf_bucket.ladder import Ladder
-from hf_bucket.manifest import Certificate, Quantization, Validation
+from hf_bucket.manifest import Certificate, Manifest, Quantization, Validation
+from hf_bucket.memory import FASTER, Footprint, footprint, sets_of
 
 if TYPE_CHECKING:
     from hf_bucket.costs import Costs
+    from hf_bucket.preflight import Choice
 
 
-def describe_artifact(artifact: Artifact) -> str:
-    """Return what an artifact holds, in some lines: source, labels, sizes, how every bucket compared, certificates."""
+def describe_artifact(artifact: Artifact, *, at_once: int) -> str:
+    """Return what an artifact holds, in some lines: source, labels, sizes, memory, how buckets compared, certificates.
+
+    Args:
+        at_once: batches that would run at once.
+    """
     manifest = artifact.manifest
     total = sum(record.size for record in manifest.files.values())
     weights = manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0
@@ -33,7 +39,7 @@ def describe_artifact(artifact: Artifact) -> str:
         lines.append(f"LEAKS     padding moves this model's logits by up to {manifest.padding_leak:.2g}, in torch too")
     if manifest.quantization is not None:
         lines += describe_quantization(manifest.quantization)
-    tables = [describe_checks(manifest.validation)]
+    tables = [describe_memory(manifest, at_once=at_once), describe_checks(manifest.validation)]
     if manifest.certificates:
         tables.append(describe_certificates(manifest.certificates))
     return "\n\n".join(["\n".join(lines), *tables])
@@ -59,6 +65,35 @@ def describe_quantization(made: Quantization) -> list[str]:
     if made.scheme == "int8-dynamic":
         lines.append(f"{'':<9} NEIGHBOURS: scales come from each batch, so a text's logits change with those beside it")
     return lines
+
+
+def describe_memory(manifest: Manifest, *, at_once: int) -> str:
+    """Return a table of what one batch of every bucket takes, and what running takes in all."""
+    shared, static = (footprint(manifest, static=way, at_once=at_once, sets=sets_of(at_once)) for way in (False, True))
+    rows: list[tuple[str, ...]] = [("bucket", "tensors at once", "memory of a batch")]
+    for bucket in manifest.ladder:
+        peak, taken = manifest.memory.get(bucket.name), shared.activations.get(bucket.name)
+        rows.append((bucket.name, *("unknown" if size is None else f"{size / 1e6:.2f} MB" for size in (peak, taken))))
+    totals = [_total("shared", shared), _total("static", static)]
+    return "\n".join([*_aligned(rows), *totals])
+
+
+def _total(mode: str, one: Footprint) -> str:
+    batch, name = max(one.activations.values(), default=0), one.largest or "unknown size"
+    return (
+        f"{mode}: {one.total / 1e6:.1f} MB = weights {one.weights / 1e6:.1f} + graphs {one.sessions / 1e6:.1f} + "
+        f"{one.at_once} at once x {batch / 1e6:.1f} for a batch of {name}"
+    )
+
+
+def memory_figures(manifest: Manifest, *, at_once: int) -> dict[str, object]:
+    """Return what ``describe_memory`` shows, in bytes."""
+    found: dict[str, object] = {"at_once": at_once}
+    for mode in ("shared", "static"):
+        one = footprint(manifest, static=mode == "static", at_once=at_once, sets=sets_of(at_once))
+        found |= {"weights": one.weights, "activations": dict(one.activations)}
+        found[mode] = {"sessions": one.sessions, "total": one.total}
+    return found
 
 
 def describe_checks(checks: Sequence[Validation]) -> str:
@@ -114,6 +149,22 @@ def describe_costs(costs: Costs, ladder: Ladder) -> str:
         else "\nThese runs are too short to tell buckets apart: rows go to the smallest that holds them."
     )
     return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{used}"
+
+
+def describe_choice(choice: Choice) -> str:
+    """Return a table of both modes on some buckets, and which is chosen and why."""
+    rows: list[tuple[str, ...]] = [("bucket", "shared, ms a run", "static, ms a run")]
+    rows += [(name, *(f"{value * 1e3:.3g}" for value in pair)) for name, pair in choice.seconds.items()]
+    there = "unknown" if choice.available is None else f"{choice.available / 1e6:.1f} MB"
+    why = (
+        f"static takes {choice.ratio:.3f} of shared's time, and is chosen at {FASTER} or less"
+        if choice.fits and choice.seconds
+        else "nothing was measured"
+        if choice.fits
+        else "static does not fit"
+    )
+    memory = f"static needs {choice.static_bytes / 1e6:.1f} MB of memory, there: {there}"
+    return "\n".join([*_aligned(rows), f"mode {choice.mode}: {why}; {memory}."])
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:

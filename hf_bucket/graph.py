@@ -13,6 +13,7 @@ import numpy as np
 from hf_bucket.artifact import WEIGHTS
 from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
+from hf_bucket.liveness import activation_bytes
 from hf_bucket.narrow import narrow
 from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature, Task
 from hf_bucket.weights import check_external_data
@@ -218,10 +219,11 @@ def _same(tensor: Any, external: Any, folder: Path) -> bool:
     return bool(np.array_equal(tensor.numpy().ravel(), np.fromfile(folder / WEIGHTS, kind, size, offset=offset)))
 
 
-def specialise(graph: Path, bucket: Bucket, signature: Signature, target: Path) -> None:
-    """Write the variant of ``graph`` in which every shape is fixed to ``bucket``.
+def specialise(graph: Path, bucket: Bucket, signature: Signature, target: Path) -> int | None:
+    """Write the variant of ``graph`` in which every shape is fixed to ``bucket``, and return the bytes it computes in.
 
-    The variant refers to the same weights as ``graph``, so it must lie in a folder with them.
+    The variant refers to the same weights as ``graph``, so it must lie in a folder with them. The bytes are None where
+    the size of a tensor depends on what it is computed from: see ``liveness.activation_bytes``.
 
     Raises:
         ExportError: a shape is still not fixed.
@@ -245,6 +247,7 @@ def specialise(graph: Path, bucket: Bucket, signature: Signature, target: Path) 
     if free:
         raise ExportError(f"variant {bucket.name} has outputs {free} whose shape is not fixed; report this model")
     onnx_ir.save(model, target)
+    return activation_bytes(model.graph)
 
 
 def _read_indices(model: ir.Model, folder: Path) -> None:

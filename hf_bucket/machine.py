@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import filelock
 
@@ -31,6 +32,46 @@ def usable_cores() -> int:
     if quota == "max":
         return cores
     return max(1, min(cores, -(-int(quota) // int(period))))
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Return the memory this process may still take: what the system has, and what its cgroups leave it.
+
+    None where nothing is known, as on systems other than Linux. Files that are only kept in memory count as free in
+    both: the kernel drops them when memory is wanted.
+
+    Args:
+        root: of the file system that ``/proc`` and ``/sys`` are read from.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    known = [] if found is None else [int(found[1]) * 1024]
+    cgroups = root / "sys/fs/cgroup"
+    for controllers, path in re.findall(r"^\d+:(.*):/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
+        if controllers in ("", "memory"):  # the one hierarchy of version 2, or that of memory in version 1
+            top = cgroups / controllers
+            folders = [top / path, *(top / parent for parent in PurePosixPath(path).parents)]
+            known += [left for folder in folders for left in _left(folder)]
+    return min(known, default=None)
+
+
+def _left(folder: Path) -> list[int]:
+    """Return what the limit of one cgroup leaves; nothing where it has none."""
+    names = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    sizes = [[_text(folder / name).strip() for name in pair] for pair in names]
+    cached = re.findall(r"^(?:in)?active_file (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+    return [
+        max(0, int(limit) - int(used) + sum(map(int, cached)))
+        for limit, used in sizes
+        if limit.isdecimal() and used.isdecimal()
+    ]
+
+
+def _text(path: Path) -> str:
+    """Return what the kernel says in a file; nothing where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
 
 
 def processor() -> str:

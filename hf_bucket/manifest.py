@@ -162,6 +162,8 @@ class Manifest:
         source: where the model came from, by name and revision, and how the graph was made.
         padding_leak: how far torch's own logits moved when a row was padded, for a model that was compiled in spite of
             it; None for all others, whose answer does not depend on padding.
+        memory: bytes that one run of a bucket computes in, by the bucket's name: the most that its tensors take at
+            once, weights not counted. A bucket is missing where that depends on what it is given.
         certificates: what ``hf-bucket validate`` found since, failures too.
         quantization: how the weights became int8; None where they did not.
         fusion: what is made of the graph before it runs; None where runs were too short to tell what helps.
@@ -179,6 +181,7 @@ class Manifest:
     validation: tuple[Validation, ...]
     files: Mapping[str, FileRecord]
     padding_leak: float | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
     certificates: tuple[Certificate, ...] = ()
     quantization: Quantization | None = None
     fusion: FusionChoice | None = None
@@ -198,6 +201,7 @@ class Manifest:
         data["labels"] = list(self.labels)
         data["source"], data["versions"] = dict(self.source), dict(self.versions)
         data["validation"] = [asdict(validation) for validation in self.validation]
+        data["memory"] = dict(self.memory)
         data["certificates"] = [asdict(certificate) for certificate in self.certificates]
         data["quantization"] = None if self.quantization is None else asdict(self.quantization)
         data["fusion"] = None if self.fusion is None else asdict(self.fusion)
@@ -241,6 +245,7 @@ class Manifest:
             source=data.table("source", str),
             versions=data.table("versions", str),
             validation=tuple(_read_validation(entry) for entry in data.each("validation")),
+            memory=_read_memory(data),
             certificates=tuple(_read_certificate(entry) for entry in data.each("certificates")),
             quantization=_read_quantization(data),
             fusion=_read_fusion(data),
@@ -360,6 +365,14 @@ def _read_validation(entry: _Reader) -> Validation:
         n=entry.take("n", int),
         reference=entry.take("reference", str),
     )
+
+
+def _read_memory(data: _Reader) -> dict[str, int]:
+    memory = data.table("memory", int)
+    for name, value in memory.items():
+        if value < 0:
+            raise ArtifactError(f"{MANIFEST} has {value} at memory.{name}, expected at least 0; do not trust it")
+    return memory
 
 
 def _read_certificate(entry: _Reader) -> Certificate:

@@ -77,6 +77,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         overflow: OverflowLike = "error",
         warmup: bool = True,
         measure_s: float = MEASURE_S,
+        memory_bytes: int | None = None,
         export: bool | None = None,
         dtype: Dtype = "float32",
         allow_padding_leak: bool = False,
@@ -99,7 +100,8 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             calibration_dataset: texts, dicts with ``text`` and ``text_pair``, or token counts that ``"auto"`` fits the
                 ladder to.
             n_buckets: lengths that ``"auto"`` may use.
-            mode: ``"shared"`` runs every bucket on one graph; ``"static"`` gives each a graph of fixed shapes.
+            mode: ``"shared"`` runs every bucket on one graph; ``"static"`` gives each a graph of fixed shapes;
+                ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
             provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
             provider_options: passed to the provider as they are.
             threads: threads one run may use; 0 means every core this process may use for a request of a few batches,
@@ -109,6 +111,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
                 ``"dynamic"``, with options as ``overflow.Overflow`` has them: ``"window:max,stride=32"``.
             warmup: run every bucket once before returning, smallest first.
             measure_s: seconds that the first loading on this machine may spend on measuring what every bucket costs.
+            memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
             export: True insists on the checkpoint, False on an existing ONNX graph; None takes what is there.
             dtype: of the exported weights.
             allow_padding_leak: compile a model even though padding changes its own answer in torch; by how much is
@@ -149,7 +152,9 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         engine = EngineOptions(
             mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
         )
-        running = RunOptions(engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s)
+        running = RunOptions(
+            engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s, memory_bytes=memory_bytes
+        )
         return cls.from_artifact(compile_model(source, compiling, task=cls.task), running)
 
     @classmethod

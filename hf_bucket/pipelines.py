@@ -260,6 +260,7 @@ def pipeline(
     overflow: OverflowLike = "truncate",
     warmup: bool = True,
     measure_s: float = MEASURE_S,
+    memory_bytes: int | None = None,
     window: int = 1024,
     export: bool | None = None,
     dtype: Dtype = "float32",
@@ -330,7 +331,9 @@ def pipeline(
         engine = EngineOptions(
             mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
         )
-        options = RunOptions(engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s)
+        options = RunOptions(
+            engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s, memory_bytes=memory_bytes
+        )
         artifact = compile_model(source, compiling, task=row.name)
         runner = Runner(artifact, options, tokenizer_json=_tokenizer_json(tokenizer))
     elif isinstance(getattr(model, "runner", model), Runner):

@@ -128,9 +128,7 @@ def tolerance(expected: NDArray[np.float64], atol: float) -> float:
 def sample_batch(
     encoder: Encoder, bucket: Bucket, signature: Signature, vocab_size: int | None
 ) -> Mapping[str, NDArray[np.generic]]:
-    """Return a full batch of rows that look like texts, to warm up or time a bucket: some heads fail without their
-    special tokens.
-    """
+    """Return a full batch of one row that looks like a text: some heads fail without their special tokens."""
     rows = probe_rows(encoder, bucket.length, vocab_size, lengths=[bucket.length])
     return pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), signature).arrays
 

@@ -81,7 +81,7 @@ class Recipe:
     task: str = "text-classification"
     revision: str | None = None
     overflow: str = "error"
-    mode: Literal["shared", "static"] = "shared"
+    mode: Literal["shared", "static", "auto"] = "shared"
     provider: str = "auto"
     output: Path | None = None
     evaluate: Evaluation | None = None
@@ -127,7 +127,7 @@ KEYS = (
     Key(name="task", values=_TASK_NAMES),
     Key(name="revision"),
     Key(name="overflow", kind="overflow"),
-    Key(name="mode", values=("shared", "static")),
+    Key(name="mode", values=("shared", "static", "auto")),
     Key(name="provider"),
     Key(name="output", kind="path"),
     Key(

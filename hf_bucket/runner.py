@@ -22,6 +22,7 @@ from hf_bucket.errors import ArtifactError, BucketWarning, InputError, TooLongEr
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import machine_folder
 from hf_bucket.overflow import Overflow, OverflowLike, Side, make_overflow
+from hf_bucket.preflight import check_memory_bytes, settle
 from hf_bucket.probes import sample_batch
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions, resolve_provider
@@ -42,16 +43,19 @@ class RunOptions:
         overflow: what happens to an input longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once, smallest first, when the sessions are opened.
         measure_s: seconds that may be spent on measuring what every bucket costs, where this machine has not done so
-            for this model yet; 0 takes the number of cells instead.
+            for this model yet; 0 takes the number of cells instead, and with ``mode="auto"`` compares nothing.
+        memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
     """
 
     engine: EngineOptions = field(default_factory=EngineOptions)
     overflow: OverflowLike = "error"
     warmup: bool = True
     measure_s: float = 0.0
+    memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         make_overflow(self.overflow)
+        check_memory_bytes(self.memory_bytes)
         if not isinstance(self.measure_s, (int, float)) or not 0 <= self.measure_s < float("inf"):
             raise InputError(f"measure_s must be a number of seconds of at least 0, got {self.measure_s!r}")
 
@@ -88,7 +92,15 @@ class Runner:
         self._encoder: Encoder | None = None
         self._counts = Counts()
         self._lock = threading.Lock()
-        self._many = self.options.engine.for_many_batches()
+        self._one = settle(
+            artifact,
+            self.options.engine,
+            engine=engine,
+            batches=self._sample,
+            memory_bytes=self.options.memory_bytes,
+            budget_s=self.options.measure_s,
+        )
+        self._many = self._one.for_many_batches()
         self._workers = Workers(self._many.workers)
         self._opened: dict[int, Mapping[Bucket, Session]] = {}  # by the threads that one run may use
         self._pid = 0
@@ -276,7 +288,7 @@ class Runner:
             budget_s: seconds to spend, about; buckets that go over it are predicted.
             again: measure even though the cache has costs for this ladder.
         """
-        engine = self.options.engine
+        engine = self._one
         name = f"{resolve_provider(engine.provider)}-{engine.mode}-{self._many.threads}x{self._many.workers}.json"
         path = machine_folder(self.artifact.graph_sha256()) / name
         kept = read_costs(path)
@@ -323,7 +335,7 @@ class Runner:
         """
         self._leave_parent()
         many = batches >= self._many.workers > 1 and self._at_once
-        options = self._many if many else self.options.engine
+        options = self._many if many else self._one
         with self._lock:
             if options.threads not in self._opened:
                 if self._was_open:
@@ -346,7 +358,7 @@ class Runner:
         _, sessions = self._open()
         with self._lock:
             if self._exact is None:
-                self._exact = self._dynamic(self.artifact, self.options.engine, sessions)
+                self._exact = self._dynamic(self.artifact, self._one, sessions)
             return self._exact(bucket)
 
     def _warm_up(self, sessions: Mapping[Bucket, Session]) -> None:
@@ -449,25 +461,31 @@ def load(
     overflow: OverflowLike = "error",
     warmup: bool = True,
     measure_s: float = MEASURE_S,
+    memory_bytes: int | None = None,
 ) -> Runner:
     """Return a runner for the artifact in a folder; torch is never imported.
 
     Args:
         artifact_dir: folder that ``save_pretrained`` or the compiler wrote.
-        mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes.
+        mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes;
+            ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
         provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
         provider_options: passed to the provider as they are.
         threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once before returning, smallest first.
         measure_s: seconds that the first loading on this machine may spend on measuring what every bucket costs.
+        memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
 
     Raises:
+        LadderError: the ladder does not fit the memory.
         ArtifactError: the artifact is missing, damaged, altered or from a newer version.
         ProviderError: the provider is not installed.
     """
     engine = EngineOptions(
         mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
     )
-    options = RunOptions(engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s)
+    options = RunOptions(
+        engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s, memory_bytes=memory_bytes
+    )
     return Runner(open_artifact(artifact_dir), options)

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnxruntime
@@ -30,7 +30,7 @@ from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
 from hf_bucket.session_openvino import open_openvino
 
-Mode = Literal["shared", "static"]
+Mode = Literal["shared", "static", "auto"]
 
 CPU = "CPUExecutionProvider"
 OPENVINO = "openvino"  # OpenVINO's own runtime; "OpenVINOExecutionProvider" is the same inside onnxruntime
@@ -38,8 +38,9 @@ OPENVINO = "openvino"  # OpenVINO's own runtime; "OpenVINOExecutionProvider" is 
 # Providers that come as a plugin: package that brings it.
 PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
 
-# It turns a MatMul and an Add of fixed shapes into a Gemm, whose weights would be packed anew for every bucket.
-_UNPACKING = ["MatMulAddFusion"]
+# What onnxruntime does to fixed shapes and should not. The first turns a MatMul and an Add into a Gemm, whose weights
+# would be packed anew for every bucket; the second joins two nodes into one whose kernel is slower on one thread.
+_UNWANTED = ["MatMulAddFusion", "SkipLayerNormFusion"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class EngineOptions:
 
     Attributes:
         mode: ``"shared"`` runs every bucket on one graph with free dimensions; ``"static"`` gives every bucket a
-            session of its own, with fixed shapes.
+            session of its own, with fixed shapes; ``"auto"`` is static where that is faster and fits (``preflight``).
         provider: an onnxruntime execution provider by name, or ``"auto"``.
         provider_options: passed to the provider as they are.
         threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
@@ -64,8 +65,8 @@ class EngineOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("shared", "static"):
-            raise ProviderError(f'mode must be "shared" or "static", got {self.mode!r}')
+        if self.mode not in get_args(Mode):
+            raise ProviderError(f'mode must be "shared", "static" or "auto", got {self.mode!r}')
         for name, zero in (("threads", "every core"), ("workers", "as many as the cores allow")):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -98,14 +99,14 @@ class OrtSession:
 
 
 def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Session]:
-    """Return a session for every bucket of the ladder.
+    """Return a session for every bucket of the ladder; ``mode="auto"``, if nobody has chosen yet, is shared.
 
     Raises:
         ProviderError: the provider is not available here.
         ArtifactError: onnxruntime cannot load a graph.
     """
     ladder, names = artifact.manifest.ladder, _output_names(artifact)
-    if options.mode == "shared":
+    if options.mode != "static":
         engine = open_shared(artifact, options)
         return {bucket: OrtSession(bucket, engine, names) for bucket in ladder}
     sessions: dict[Bucket, Session] = {}
@@ -170,7 +171,7 @@ def open_dynamic(
         sessions: those of the ladder; in ``"shared"`` mode they run that graph already, and it is not loaded twice.
     """
     shared = next((session for session in sessions.values() if isinstance(session, OrtSession)), None)
-    engine = shared.engine if shared and options.mode == "shared" else open_shared(artifact, options)
+    engine = shared.engine if shared and options.mode != "static" else open_shared(artifact, options)
     names = _output_names(artifact)
     return lambda bucket: OrtSession(bucket, engine, names)
 
@@ -209,7 +210,7 @@ def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = No
     if bucket is not None:
         settings.add_free_dimension_override_by_name("batch", bucket.batch_size)
         settings.add_free_dimension_override_by_name("length", bucket.length)
-        arguments["disabled_optimizers"] += _UNPACKING
+        arguments["disabled_optimizers"] += _UNWANTED
     if provider in PLUGINS:
         settings.add_provider_for_devices(_devices(provider), dict(options.provider_options))
     else:
@@ -226,6 +227,9 @@ def _settings(options: EngineOptions, fusion: Fusion) -> Any:
     settings.intra_op_num_threads = options.threads or usable_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    # Both plan where tensors lie before a run, and keep more than they save: see docs/memory.md.
+    settings.enable_mem_pattern = False
+    settings.enable_mem_reuse = False
     settings.add_session_config_entry("session.use_env_allocators", "1")
     # threads that wait for the next run by spinning would take the cores from other sessions
     settings.add_session_config_entry("session.force_spinning_stop", "1")

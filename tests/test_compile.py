@@ -354,7 +354,7 @@ def test_a_provider_that_is_not_installed_lists_those_that_are(artifact: Artifac
 
 
 def test_an_unknown_mode_lists_the_known_ones(artifact: Artifact) -> None:
-    with pytest.raises(ProviderError, match='mode must be "shared" or "static", got \'fast\''):
+    with pytest.raises(ProviderError, match='mode must be "shared", "static" or "auto", got \'fast\''):
         hf_bucket.load(artifact.folder, mode="fast")  # type: ignore[arg-type]
 
 

@@ -16,13 +16,14 @@ PACKAGE = Path(hf_bucket.__file__).parent
 # A module imports only from rooms before its own (docs/architecture.md).
 ROOMS = (
     {"errors"},
-    {"ladder", "tasks", "weights", "narrow"},
+    {"ladder", "tasks", "weights", "narrow", "liveness"},
     {"families", "overflow", "fusions"},
     {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
-    {"encode", "session", "graph", "cache", "describe", "stats", "workers"},
-    {"facts", "probes", "machine", "session_openvino"},
+    {"encode", "session", "graph", "cache", "stats", "workers", "memory"},
+    {"facts", "probes", "machine", "describe", "session_openvino"},
     {"session_ort", "costs"},
+    {"preflight"},
     {"export", "runner", "systems", "quantize", "fuse"},
     {"compile", "evaluate", "certificate"},
     {"models", "pipelines", "glue"},
