@@ -20,9 +20,10 @@ from hf_bucket.errors import LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
+from hf_bucket.histogram import Histogram
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import MANIFEST, Manifest, Validation
-from hf_bucket.planner import Histogram, resolve_ladder
+from hf_bucket.planner import resolve_ladder
 from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, save_probes, validate
 from hf_bucket.recipe import Recipe
 from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph, open_variant

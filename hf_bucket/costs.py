@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
@@ -91,6 +92,7 @@ def _terms(bucket: Bucket) -> tuple[float, float, float]:
     return 1.0, float(bucket.cells), float(bucket.cells * bucket.length)
 
 
+@lru_cache(maxsize=8)
 def _fit(seconds: tuple[tuple[Bucket, float], ...]) -> tuple[float, ...]:
     """Return the factors of ``_terms`` that fit best, none negative, by relative error."""
     terms = np.array([_terms(bucket) for bucket, _ in seconds])

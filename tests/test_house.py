@@ -17,8 +17,8 @@ PACKAGE = Path(hf_bucket.__file__).parent
 ROOMS = (
     {"errors"},
     {"ladder", "tasks", "weights", "narrow"},
-    {"families", "overflow"},
-    {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
+    {"families", "overflow", "assign", "histogram", "joint"},
+    {"planner", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "describe", "stats", "workers"},
     {"facts", "probes", "machine"},
