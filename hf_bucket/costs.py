@@ -70,7 +70,7 @@ class Costs:
         """Return what the fit says of a bucket; in cells, as ``assign.cells_cost``, where nothing was measured."""
         if not self.seconds:
             return cells_cost(bucket)
-        return float(np.dot(_fit(tuple(self.seconds.items())), _terms(bucket)))
+        return fitted(self.seconds, bucket)
 
     def to_json(self) -> dict[str, object]:
         """Return what ``from_json`` reads."""
@@ -86,6 +86,11 @@ class Costs:
                 with contextlib.suppress(LadderError):
                     found[Bucket(batch_size=int(sizes[1]), extent=(int(sizes[2]),))] = value
         return cls(seconds=found, at_once=data.get("at_once") is not False)
+
+
+def fitted(figures: Mapping[Bucket, float], bucket: Bucket) -> float:
+    """Return what ``a + b * cells + c * cells * length``, fitted to figures of other buckets, says of a bucket."""
+    return float(np.dot(_fit(tuple(figures.items())), _terms(bucket)))
 
 
 def _terms(bucket: Bucket) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ ROOMS = (
     {"export", "runner", "systems"},
     {"compile", "evaluate", "certificate"},
     {"models", "pipelines", "glue"},
-    {"predict", "arguments"},
+    {"predict", "arguments", "advise"},
     {"__init__"},
     {"cli"},
 )
