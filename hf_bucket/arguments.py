@@ -59,8 +59,16 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--kind", choices=KINDS, help="of the file (default: by suffix)")
     _add_columns(parser)
     parser.add_argument("--tokenizer", metavar="MODEL", help="model whose tokenizer counts tokens; texts need one")
-    parser.add_argument("--n-buckets", type=count, default=8, help="lengths the ladder may have (default: 8)")
-    parser.add_argument("--batch-sizes", type=counts, help="such as 1,8 (the default)")
+    parser.add_argument("--model", help="plan batch sizes too, by what runs of this model cost on this machine")
+    n_buckets = "lengths, or with --model buckets, the ladder may have (default: 8)"
+    parser.add_argument("--n-buckets", type=count, default=8, help=n_buckets)
+    parser.add_argument(
+        "--batch-sizes", type=counts, help="such as 1,8 (the default); with --model those to choose from"
+    )
+    parser.add_argument("--window", type=count, help="rows that run together, with --model (default: 1024)")
+    parser.add_argument("--memory", type=size_bytes, help="that the largest bucket may compute in, such as 2GB")
+    parser.add_argument("--compile-seconds", type=difference, help="that compiling all buckets may take")
+    parser.add_argument("--seconds", type=difference, help="to spend on measuring, about (default: 2)")
     parser.add_argument("--max-length", type=count, help="tokens the ladder must hold (default: the longest row)")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the plan as PNG or SVG")
     _add_output_flags(parser)
@@ -74,8 +82,12 @@ def _add_compile(commands: Commands) -> None:
     parser.add_argument("--output", type=Path, help="folder to write (default: the cache only)")
     _add_source(parser)
     parser.add_argument("--buckets", type=buckets, help="such as 64,128 or 8x64,1x128 or auto or pow2")
-    parser.add_argument("--batch-sizes", type=counts, help="such as 1,8 (the default)")
-    parser.add_argument("--n-buckets", type=count, default=8, help="lengths that auto may use (default: 8)")
+    parser.add_argument(
+        "--batch-sizes", type=batch_sizes, help="such as 1,8 (the default), or auto: as planned for here"
+    )
+    parser.add_argument(
+        "--n-buckets", type=count, default=8, help="lengths, or with --batch-sizes auto buckets, for auto"
+    )
     parser.add_argument("--calibration", type=Path, help="file of texts for auto and int8; auto takes token counts too")
     quantize = "int8: eight-bit products, calibrated; int8-dynamic: a text's answer depends on its neighbours"
     parser.add_argument("--quantize", choices=("int8", "int8-dynamic"), help=quantize)
@@ -207,6 +219,20 @@ def glue_task(text: str) -> str:
 def counts(text: str) -> list[int]:
     """Return a list of counts written with commas."""
     return [count(part) for part in text.split(",")]
+
+
+def batch_sizes(text: str) -> list[int] | str:
+    """Return ``auto`` or batch sizes."""
+    return text if text == "auto" else counts(text)
+
+
+def size_bytes(text: str) -> int:
+    """Return a number of bytes, written as such or in units of a thousand or of 1,024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)(i?)B)?", text.strip())
+    size = float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ") if found else 0.0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 2GB, 500MB or 1.5GiB")
+    return int(size)
 
 
 def count(text: str) -> int:

@@ -17,6 +17,7 @@ from hf_bucket.arguments import make_parser
 from hf_bucket.errors import ArtifactError, BucketError
 
 if TYPE_CHECKING:
+    from hf_bucket.advise import Advice
     from hf_bucket.artifact import Artifact
     from hf_bucket.certificate import TextFile
     from hf_bucket.manifest import Certificate
@@ -53,42 +54,81 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from hf_bucket.data import read_column, read_dataset_column
     from hf_bucket.encode import count_tokens
     from hf_bucket.metrics import padded_waste
     from hf_bucket.planner import lint, plan
     from hf_bucket.report import draw_plan, plan_chart_text
     from hf_bucket.source import Source
 
-    if sum(value is not None for value in (options.file, options.lengths, options.dataset)) != 1:
-        options.usage_error("plan needs one of FILE, --lengths and --dataset")
-    _check_new(options, options.chart)
-    columns = {"column": options.column, "pair_column": options.pair_column}
-    if options.lengths is not None:
-        values: Sequence[Any] = options.lengths
-    elif options.dataset is not None:
-        values = read_dataset_column(options.dataset, config=options.config, split=options.split, **columns)
+    _check_plan(options)
+    values, advice = _planned_values(options), None
+    texts = bool(values) and not isinstance(values[0], int)
+    if texts and options.tokenizer is None and options.model is None:
+        options.usage_error("texts need a --tokenizer MODEL that counts their tokens")
+    if options.model is not None:
+        values, advice = _advice(values, texts, options)
+        made, findings = advice.plan, list(advice.findings)
     else:
-        values = read_column(options.file, kind=options.kind, **columns)
-    if values and not isinstance(values[0], int):
-        if options.tokenizer is None:
-            options.usage_error("texts need a --tokenizer MODEL that counts their tokens")
-        values = count_tokens(values, Source(name=options.tokenizer))
-    made = plan(values, n_buckets=options.n_buckets, batch_sizes=options.batch_sizes, max_length=options.max_length)
-    findings = lint(made.ladder, min_length=1, max_length=None, histogram=made.histogram)
+        values = count_tokens(values, Source(name=options.tokenizer)) if texts else values
+        made = plan(values, n_buckets=options.n_buckets, batch_sizes=options.batch_sizes, max_length=options.max_length)
+        findings = lint(made.ladder, min_length=1, max_length=None, histogram=made.histogram)
     today = padded_waste(values, ARRIVAL_BATCH)
     if options.chart is not None:
         draw_plan(made, options.chart, arrival_waste=today)
         say(f"drew {options.chart}")
     if options.json:
-        messages = [finding.message for finding in findings]
-        print(json.dumps({**made.to_json(), "waste_arrival": today, "findings": messages}, indent=2))
+        found = {"waste_arrival": today, "findings": [finding.message for finding in findings]}
+        print(json.dumps({**(advice or made).to_json(), **found}, indent=2))
         return 0
     chart = plan_chart_text(made, arrival_waste=today, ascii_only=not _can_draw(sys.stdout))
-    print(chart, made, f"buckets={list(made.lengths)}", sep="\n\n")
+    print(chart, made, advice or f"buckets={list(made.lengths)}", sep="\n\n")
     for finding in findings:
         print(f"note: {finding.message}")
     return 0
+
+
+def _check_plan(options: argparse.Namespace) -> None:
+    """End with status 2 if options of ``plan`` do not go together."""
+    if sum(value is not None for value in (options.file, options.lengths, options.dataset)) != 1:
+        options.usage_error("plan needs one of FILE, --lengths and --dataset")
+    if options.model is not None and options.tokenizer is not None:
+        options.usage_error("--tokenizer and --model do not go together: the model's tokenizer counts")
+    for name in ("window", "memory", "compile_seconds", "seconds"):
+        if options.model is None and getattr(options, name) is not None:
+            options.usage_error(f"--{name.replace('_', '-')} needs --model: it is about runs on this machine")
+    _check_new(options, options.chart)
+
+
+def _planned_values(options: argparse.Namespace) -> Sequence[Any]:
+    """Return the texts or token counts that a plan is for."""
+    from hf_bucket.data import read_column, read_dataset_column
+
+    columns = {"column": options.column, "pair_column": options.pair_column}
+    if options.lengths is not None:
+        return list(options.lengths)
+    if options.dataset is not None:
+        return list(read_dataset_column(options.dataset, config=options.config, split=options.split, **columns))
+    return list(read_column(options.file, kind=options.kind, **columns))
+
+
+def _advice(values: Sequence[Any], texts: bool, options: argparse.Namespace) -> tuple[Sequence[int], Advice]:
+    """Return the tokens of every row, and the joint plan for them on this machine."""
+    from hf_bucket.advise import advise, limits_for
+    from hf_bucket.compile import MEASURE_S, compile_model, measured_costs
+    from hf_bucket.encode import Encoder, check_texts
+    from hf_bucket.joint import WINDOW
+    from hf_bucket.session_ort import EngineOptions
+    from hf_bucket.source import Source
+
+    artifact = compile_model(Source(name=options.model))
+    encoder = Encoder(artifact.tokenizer_json(), inputs=artifact.manifest.signature.input_names)
+    lengths = encoder.lengths(check_texts(values)) if texts else values
+    limits = limits_for(
+        artifact, n_buckets=options.n_buckets, memory_bytes=options.memory, compile_s=options.compile_seconds
+    )
+    costs = measured_costs(artifact, EngineOptions(), MEASURE_S if options.seconds is None else options.seconds)
+    chosen = {"batch_sizes": options.batch_sizes, "max_length": options.max_length}
+    return lengths, advise(lengths, artifact, costs, limits, window=options.window or WINDOW, **chosen)
 
 
 def _compile(options: argparse.Namespace) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, record_files, variant_name
 from hf_bucket.cache import any_ladder, in_cache, model_key
-from hf_bucket.costs import compare
+from hf_bucket.costs import Clock, Costs, compare, read_costs
 from hf_bucket.data import read_column, read_dataset_column
 from hf_bucket.encode import Encoder, Text, Truncation, check_texts
 from hf_bucket.errors import DataError, LadderError, ModelError
@@ -22,18 +24,22 @@ from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.fuse import choose_fusion
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
+from hf_bucket.histogram import Histogram
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import available_bytes
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FusionChoice, Manifest, Validation
 from hf_bucket.memory import check_fits, footprint
-from hf_bucket.planner import Histogram, resolve_ladder
+from hf_bucket.planner import resolve_ladder
 from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sample_batch, save_probes, validate
 from hf_bucket.quantize import NEEDED, SCHEMES, Calibration, Scheme, calibration, quantize
 from hf_bucket.recipe import Recipe
+from hf_bucket.runner import Runner, RunOptions, costs_path
 from hf_bucket.session import Session
 from hf_bucket.session_ort import EngineOptions, OrtSession, fusion_of, open_graph, open_variant
 from hf_bucket.source import Files, Hub, Source, locate
 from hf_bucket.tasks import Signature, Task, get_task
+
+MEASURE_S = 2.0  # what a joint plan spends on measuring, once per model and machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +49,9 @@ class CompileOptions:
     Attributes:
         buckets: lengths, ``(batch_size, length)`` pairs, ``"auto"`` or ``"pow2"``; None keeps an artifact's own ladder
             and means ``"auto"`` for anything else.
-        batch_sizes: combined with every length; None is ``ladder.DEFAULT_BATCH_SIZES``.
-        n_buckets: lengths that ``"auto"`` may use.
+        batch_sizes: combined with every length; None is ``ladder.DEFAULT_BATCH_SIZES``. ``"auto"``, with automatic
+            buckets and calibration data, chooses them and the lengths jointly by what runs cost on this machine.
+        n_buckets: lengths that ``"auto"`` may use; with automatic batch sizes, buckets in all.
         calibration: texts, or token counts, that ``"auto"`` fits the ladder to; None knows nothing of the lengths.
         dtype: of the exported weights.
         export: True insists on the checkpoint, False on an existing ONNX graph; None takes what is there.
@@ -52,10 +59,12 @@ class CompileOptions:
         allow_padding_leak: compile a model even though its own answer changes when a row is padded; by how much is
             then recorded in the manifest.
         quantize: ``"int8"`` or ``"int8-dynamic"``, as in ``quantize``; the first needs texts in ``calibration``.
+        engine: that automatic batch sizes are chosen for.
+        measure_s: seconds for measuring what runs cost, where this machine has not done so for this model yet.
     """
 
     buckets: int | str | Sequence[object] | None = None
-    batch_sizes: Sequence[int] | None = None
+    batch_sizes: Sequence[int] | str | None = None
     n_buckets: int = 8
     calibration: Iterable[object] | None = None
     dtype: Dtype = "float32"
@@ -63,8 +72,12 @@ class CompileOptions:
     verbose: bool = False
     allow_padding_leak: bool = False
     quantize: Scheme | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    measure_s: float = MEASURE_S
 
     def __post_init__(self) -> None:
+        if isinstance(self.batch_sizes, str):
+            _check_joint(self.buckets, self.batch_sizes, self.calibration)
         if self.dtype not in ATOL:
             raise ModelError(f"dtype must be one of {', '.join(ATOL)}, got {self.dtype!r}")
         if self.quantize not in (None, *SCHEMES):
@@ -73,6 +86,18 @@ class CompileOptions:
             raise ModelError(f"quantize={self.quantize!r} starts from float32, got dtype={self.dtype!r}; leave it out")
         if self.quantize == "int8" and self.calibration is None:
             raise DataError('quantize="int8" takes its scales from your own texts; give some as calibration_dataset')
+
+
+def _check_joint(buckets: object, batch_sizes: str, calibration: object) -> None:
+    """Raise a LadderError unless batch sizes can be chosen: for automatic lengths of known texts."""
+    if batch_sizes != "auto":
+        raise LadderError(f'batch_sizes must be a list such as [1, 8], or "auto"; got {batch_sizes!r}')
+    if buckets is not None and not (isinstance(buckets, str) and buckets == "auto"):
+        raise LadderError(
+            f'batch_sizes="auto" is for buckets="auto", got {buckets!r}; give batch sizes, or drop buckets'
+        )
+    if calibration is None:
+        raise LadderError('batch_sizes="auto" needs to know the texts; give calibration_dataset, or batch sizes')
 
 
 def from_recipe(recipe: Recipe) -> tuple[Source, CompileOptions]:
@@ -89,7 +114,11 @@ def from_recipe(recipe: Recipe) -> tuple[Source, CompileOptions]:
             data.dataset, config=data.config, split=data.split, column=data.column, pair_column=data.pair_column
         )
     options = CompileOptions(
-        buckets=recipe.buckets, batch_sizes=recipe.batch_sizes, n_buckets=recipe.n_buckets, calibration=texts
+        buckets=recipe.buckets,
+        batch_sizes=recipe.batch_sizes,
+        n_buckets=recipe.n_buckets,
+        calibration=texts,
+        engine=EngineOptions(mode=recipe.mode, provider=recipe.provider),
     )
     return Source(name=recipe.model, revision=recipe.revision), options
 
@@ -133,8 +162,43 @@ def compile_model(
     row = get_task(task)
     checkpoint = files.kind == "checkpoint"
     job = _checkpoint_job(files, source, row, wanted) if checkpoint else _graph_job(files, source, row)
+    if wanted.batch_sizes == "auto" and wanted.calibration is not None:
+        known = replace(wanted, calibration=_calibration_lengths(wanted.calibration, job.encoder))
+        plain = _plain_ladder(job.encoder, job.facts.max_length)
+        return _quantized(_with_ladder(_cached(job, plain, report), known, report), wanted, report)
     ladder = _ladder(wanted, job.encoder, job.facts.max_length, report)
     return _quantized(_cached(job, ladder, report), wanted, report)
+
+
+def plain_ladder(artifact: Artifact) -> Ladder:
+    """Return a ladder of lengths that double, which tells what buckets of any shape take."""
+    encoder = Encoder(artifact.tokenizer_json(), inputs=artifact.manifest.signature.input_names)
+    return _plain_ladder(encoder, artifact.manifest.max_length)
+
+
+def measured_costs(artifact: Artifact, engine: EngineOptions, budget_s: float, report: Report = say) -> Costs:
+    """Return what buckets of the model cost on this machine: measured on a plain ladder, now or by an earlier call.
+
+    Args:
+        budget_s: seconds to spend on measuring, about.
+    """
+    plain, kept = plain_ladder(artifact), read_costs(costs_path(artifact, engine))
+    if plain.buckets[0] in kept.seconds:  # the first to be measured
+        return kept
+    runner = Runner(with_buckets(artifact, plain, report), RunOptions(engine=engine))
+    report(f"measuring what a run of every bucket costs on this machine, for about {budget_s:g} s")
+    try:
+        return runner.measure(budget_s)
+    finally:
+        runner.close()
+
+
+def bucket_compile_s(artifact: Artifact, clock: Clock = time.perf_counter) -> float:
+    """Return the seconds that compiling and checking the artifact's largest bucket takes here; others take less."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = clock()
+        _extend(artifact, Ladder(artifact.manifest.ladder.buckets[-1:]), Path(folder), lambda line: None)
+        return clock() - start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +280,14 @@ def _graph_probe(engine: object, signature: Signature, row: tuple[int, ...]) -> 
     return Probe(input_ids=row, logits=tuple(float(value) for value in logits))
 
 
-def _ladder(options: CompileOptions, encoder: Encoder, max_length: int | None, report: Report) -> Ladder:
+def _plain_ladder(encoder: Encoder, max_length: int | None) -> Ladder:
+    return resolve_ladder("pow2", min_length=encoder.min_length, max_length=max_length)
+
+
+def _ladder(
+    options: CompileOptions, encoder: Encoder, max_length: int | None, report: Report, costs: Costs | None = None
+) -> Ladder:
+    """Return the ladder that the options mean for a model; with ``costs``, batch sizes are chosen too."""
     buckets = "auto" if options.buckets is None else options.buckets
     histogram = None
     if options.calibration is not None:
@@ -225,11 +296,12 @@ def _ladder(options: CompileOptions, encoder: Encoder, max_length: int | None, r
         report('no calibration_dataset for buckets="auto": taking lengths in even steps of size instead')
     return resolve_ladder(
         buckets,
-        batch_sizes=options.batch_sizes,
+        batch_sizes=None if isinstance(options.batch_sizes, str) else options.batch_sizes,
         min_length=encoder.min_length,
         max_length=max_length,
         histogram=histogram,
         n_buckets=options.n_buckets,
+        cost=costs,
     )
 
 
@@ -247,11 +319,18 @@ def _calibration_lengths(calibration: Iterable[object], encoder: Encoder) -> Seq
 
 def _with_ladder(artifact: Artifact, options: CompileOptions, report: Report) -> Artifact:
     """Return the artifact, with other buckets if they are asked for; never exports again."""
-    if options.buckets is None:
+    joint = options.batch_sizes == "auto"
+    if options.buckets is None and not joint:
         return artifact
     manifest = artifact.manifest
     encoder = Encoder(artifact.tokenizer_json(), inputs=manifest.signature.input_names)
-    ladder = _ladder(options, encoder, manifest.max_length, report)
+    costs = measured_costs(artifact, options.engine, options.measure_s, report) if joint else None
+    return with_buckets(artifact, _ladder(options, encoder, manifest.max_length, report, costs), report)
+
+
+def with_buckets(artifact: Artifact, ladder: Ladder, report: Report = say) -> Artifact:
+    """Return the artifact with the buckets of ``ladder``, from the cache where it has them; never exports again."""
+    manifest = artifact.manifest
     if ladder == manifest.ladder:
         return artifact
     key = hashlib.sha256(f"{manifest.files[GRAPH].sha256}{manifest.files.get(PROBES)}".encode()).hexdigest()

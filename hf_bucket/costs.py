@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
@@ -69,7 +70,7 @@ class Costs:
         """Return what the fit says of a bucket; in cells, as ``assign.cells_cost``, where nothing was measured."""
         if not self.seconds:
             return cells_cost(bucket)
-        return float(np.dot(_fit(tuple(self.seconds.items())), _terms(bucket)))
+        return fitted(self.seconds, bucket)
 
     def to_json(self) -> dict[str, object]:
         """Return what ``from_json`` reads."""
@@ -87,10 +88,16 @@ class Costs:
         return cls(seconds=found, at_once=data.get("at_once") is not False)
 
 
+def fitted(figures: Mapping[Bucket, float], bucket: Bucket) -> float:
+    """Return what ``a + b * cells + c * cells * length``, fitted to figures of other buckets, says of a bucket."""
+    return float(np.dot(_fit(tuple(figures.items())), _terms(bucket)))
+
+
 def _terms(bucket: Bucket) -> tuple[float, float, float]:
     return 1.0, float(bucket.cells), float(bucket.cells * bucket.length)
 
 
+@lru_cache(maxsize=8)
 def _fit(seconds: tuple[tuple[Bucket, float], ...]) -> tuple[float, ...]:
     """Return the factors of ``_terms`` that fit best, none negative, by relative error."""
     terms = np.array([_terms(bucket) for bucket, _ in seconds])

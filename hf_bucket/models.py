@@ -66,7 +66,7 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
         model_id: str | os.PathLike[str],
         *,
         buckets: int | str | Sequence[object] | None = None,
-        batch_sizes: Sequence[int] | None = None,
+        batch_sizes: Sequence[int] | str | None = None,
         calibration_dataset: Iterable[object] | None = None,
         n_buckets: int = 8,
         mode: Mode = "shared",
@@ -96,10 +96,11 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             model_id: Hub id or local folder.
             buckets: lengths in tokens (``[64, 128]``), ``(batch_size, length)`` pairs, ``"auto"`` or ``"pow2"``. None
                 is an artifact's own ladder, and ``"auto"`` for anything else.
-            batch_sizes: combined with every length; None is ``[1, 8]``.
+            batch_sizes: combined with every length; None is ``[1, 8]``. ``"auto"``, with ``buckets="auto"`` and
+                ``calibration_dataset``, chooses them and the lengths jointly by what runs cost on this machine.
             calibration_dataset: texts, dicts with ``text`` and ``text_pair``, or token counts that ``"auto"`` fits the
                 ladder to.
-            n_buckets: lengths that ``"auto"`` may use.
+            n_buckets: lengths that ``"auto"`` may use; with automatic batch sizes, buckets in all.
             mode: ``"shared"`` runs every bucket on one graph; ``"static"`` gives each a graph of fixed shapes;
                 ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
             provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
@@ -138,7 +139,11 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
+        engine = EngineOptions(
+            mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
+        )
         compiling = CompileOptions(
+            engine=engine,
             buckets=buckets,
             batch_sizes=batch_sizes,
             n_buckets=n_buckets,
@@ -148,9 +153,6 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             quantize=quantize,
             export=export,
             verbose=verbose,
-        )
-        engine = EngineOptions(
-            mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
         )
         running = RunOptions(
             engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s, memory_bytes=memory_bytes

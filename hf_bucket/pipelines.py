@@ -249,7 +249,7 @@ def pipeline(
     tokenizer: Any = None,
     *,
     buckets: int | str | Sequence[object] | None = None,
-    batch_sizes: Sequence[int] | None = None,
+    batch_sizes: Sequence[int] | str | None = None,
     calibration_dataset: Iterable[object] | None = None,
     n_buckets: int = 8,
     mode: Mode = "shared",
@@ -318,7 +318,11 @@ def pipeline(
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
+        engine = EngineOptions(
+            mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
+        )
         compiling = CompileOptions(
+            engine=engine,
             buckets=buckets,
             batch_sizes=batch_sizes,
             n_buckets=n_buckets,
@@ -327,9 +331,6 @@ def pipeline(
             export=export,
             allow_padding_leak=allow_padding_leak,
             quantize=quantize,
-        )
-        engine = EngineOptions(
-            mode=mode, provider=provider, provider_options=provider_options or {}, threads=threads, workers=workers
         )
         options = RunOptions(
             engine=engine, overflow=overflow, warmup=warmup, measure_s=measure_s, memory_bytes=memory_bytes

@@ -1,22 +1,22 @@
-"""Which bucket lengths a model should be compiled for: counted rows, exact plans, presets and a linter."""
+"""Which buckets a model should be compiled for: exact plans, presets and a linter."""
 
 from __future__ import annotations
 
 import math
-import operator
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from numbers import Real
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_bucket.errors import LadderError, too_long
-from hf_bucket.ladder import LONGEST, Bucket, Ladder, _size, cross, make_ladder
+from hf_bucket.assign import assign
+from hf_bucket.errors import LadderError
+from hf_bucket.histogram import Histogram, tokens
+from hf_bucket.joint import BATCH_SIZES, WINDOW, Limits, RunCost, best_ladder, run_seconds
+from hf_bucket.ladder import Bucket, Ladder, _size, cross, make_ladder
 
 Cost: TypeAlias = Callable[[int], float]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -25,87 +25,8 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 PRESET_CAP = 2048  # tokens: a preset compiles nothing longer unless the data is, whatever the model could hold
 PRESET_START = 16  # tokens: the shortest length a preset makes on its own
 UNLIMITED_CAP = 512  # tokens: the cap where neither a model nor data knows one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Histogram:
-    """How many rows of each length there are; anything else is a ``LadderError``.
-
-    Attributes:
-        lengths: distinct lengths in tokens, ascending, from 1 to ``LONGEST``; at least one.
-        counts: rows of each length, at least 1 each; as many as ``lengths``.
-    """
-
-    lengths: tuple[int, ...]
-    counts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", tuple(_tokens(length, "a row's length") for length in self.lengths))
-        object.__setattr__(self, "counts", tuple(_size(count, "a count of rows") for count in self.counts))
-        if not self.lengths:
-            raise LadderError("lengths is empty; give the token count of at least one row")
-        if len(self.lengths) != len(self.counts) or any(a >= b for a, b in pairwise(self.lengths)):
-            got = f"got {len(self.lengths)} lengths and {len(self.counts)} counts; use Histogram.from_lengths"
-            raise LadderError(f"a histogram needs ascending lengths, each once and each with a count, {got}")
-
-    @classmethod
-    def from_lengths(cls, lengths: Iterable[int]) -> Histogram:
-        """Count the rows of each length, in tokens with special tokens: an iterable, array or column of integers."""
-        counted = sorted(Counter(_whole_numbers(lengths)).items())
-        return cls(lengths=tuple(length for length, _ in counted), counts=tuple(count for _, count in counted))
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Sequence[int]]) -> Histogram:
-        """Rebuild what ``to_json`` returned."""
-        if not isinstance(data, Mapping) or not {"lengths", "counts"} <= data.keys():
-            raise LadderError(f'a histogram is {{"lengths": [...], "counts": [...]}}, got {data!r:.80}')
-        return cls(lengths=tuple(data["lengths"]), counts=tuple(data["counts"]))
-
-    def to_json(self) -> dict[str, list[int]]:
-        """Return the same numbers as what ``json.dumps`` takes."""
-        return {"lengths": list(self.lengths), "counts": list(self.counts)}
-
-    @property
-    def total_rows(self) -> int:
-        """All rows."""
-        return sum(self.counts)
-
-    @property
-    def total_tokens(self) -> int:
-        """Real tokens of all rows."""
-        return sum(map(operator.mul, self.lengths, self.counts))
-
-    @property
-    def max(self) -> int:
-        """Tokens of the longest row."""
-        return self.lengths[-1]
-
-    def quantile(self, share: float) -> int:
-        """Return the smallest length that at least ``share`` of the rows, in [0, 1], do not exceed."""
-        if not 0 <= share <= 1:
-            raise LadderError(f"a quantile is a share from 0 to 1, got {share!r}; use 0.99 for the 99th percentile")
-        rank = max(1, math.ceil(round(share * self.total_rows, 9)))  # 0.07 * 100 is 7.000000000000001
-        return next(n for n, seen in zip(self.lengths, accumulate(self.counts), strict=True) if seen >= rank)
-
-    def clip(self, *, shortest: int = 1, longest: int) -> Histogram:
-        """Return the histogram with every row at least ``shortest`` and at most ``longest`` tokens long."""
-        clipped: Counter[int] = Counter()
-        for length, count in zip(self.lengths, self.counts, strict=True):
-            clipped[min(max(length, shortest), longest)] += count
-        return Histogram(lengths=tuple(clipped), counts=tuple(clipped.values()))
-
-    def rows_per_length(self, ladder: Ladder) -> tuple[int, ...]:
-        """Return how many rows each of ``ladder.lengths`` is the smallest for; a row too long is a ``TooLongError``."""
-        if self.max > ladder.max_length:
-            raise too_long(self.max, ladder.max_length, maximum=None)
-        seen = [0, *accumulate(self.counts)]
-        ends = [0, *(bisect_right(self.lengths, length) for length in ladder.lengths)]
-        return tuple(seen[end] - seen[start] for start, end in pairwise(ends))
-
-    def waste(self, ladder: Ladder) -> float:
-        """Return the share of cells, in [0, 1), that is padding when each row takes its smallest length."""
-        cells: int = sum(map(operator.mul, ladder.lengths, self.rows_per_length(ladder)))
-        return (cells - self.total_tokens) / cells
+MOST_LENGTHS = 512  # that a joint plan chooses from
+_WINDOWS = 64  # windows of rows that the linter lets the scheduler run, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +34,9 @@ class Plan:
     """A ladder chosen from data, with what it is expected to cost.
 
     Attributes:
-        ladder: the lengths, each with every batch size.
-        cost: expected mean cost of one row, in the unit of the cost function (tokens by default).
+        ladder: the lengths, each with every batch size, or in a joint plan with its own.
+        cost: expected mean cost of one row, in the unit of the cost function: tokens by default, seconds where the
+            seconds of a run were given.
         waste: share of the computed cells that is padding, in [0, 1).
         waste_single: the same with one bucket as long as the ladder's longest.
         rows: data rows that use each of ``lengths``.
@@ -168,36 +90,67 @@ class Finding:
 def plan(
     lengths: Histogram | Iterable[int],
     *,
-    n_buckets: int,
-    cost: Cost | None = None,
+    n_buckets: int | None = None,
+    cost: Cost | RunCost | None = None,
     batch_sizes: Sequence[int] | None = None,
     max_length: int | None = None,
+    limits: Limits | None = None,
+    window: int = WINDOW,
 ) -> Plan:
     """Return the cheapest ladder of at most ``n_buckets`` lengths; of equally cheap ones, one with the fewest.
 
+    Where ``cost`` has the seconds of a run of any bucket (``costs.Costs``), lengths and batch sizes are chosen jointly,
+    every length with batch sizes of its own, and ``n_buckets`` counts buckets, not lengths: see ``joint.best_ladder``.
+    The ladder found is the fastest of all that end at lengths at which there are rows, and of all there are if no
+    bucket takes longer than a longer one. Of more than ``MOST_LENGTHS`` such lengths it may use only so many, evenly
+    spread by ratio, which pads no row by more than ``longest / shortest`` to the power of 1 / 511: 1.4 % for 1,024.
+
     Args:
         lengths: tokens of each row, special tokens included, or their histogram.
-        cost: cost of one row padded to that many tokens; it may have plateaus and dips. None: the number of tokens.
-        batch_sizes: combined with every length; None means ``DEFAULT_BATCH_SIZES``.
+        n_buckets: lengths, or in a joint plan buckets, in all. None where ``limits`` say it.
+        cost: cost of one row padded to that many tokens, which may have plateaus and dips; or the seconds of a run of
+            any bucket. None: the number of tokens.
+        batch_sizes: combined with every length; None means ``DEFAULT_BATCH_SIZES``. In a joint plan those that may be
+            chosen; None means ``joint.BATCH_SIZES``.
         max_length: tokens the top bucket holds, needed or not; longer rows are clipped. None: the longest row.
+        limits: of a joint plan, on memory and time for compiling; the lower of both numbers of buckets holds.
+        window: for a joint plan, rows that are scheduled together: it is made for so many rows distributed as
+            ``lengths`` are. 1 stands for a server that answers one by one.
 
     Raises:
-        LadderError: a size that is not a whole number of at least 1, or a cost that is negative or not finite.
+        LadderError: a size that is not a whole number of at least 1, a cost that is negative or not finite, or limits
+            that no ladder keeps.
     """
     given = lengths if isinstance(lengths, Histogram) else Histogram.from_lengths(lengths)
-    top = given.max if max_length is None else _tokens(max_length, "max_length")
-    histogram = given.clip(longest=top)
-    ladder = make_ladder(_best_lengths(histogram, _size(n_buckets, "n_buckets"), cost, top), batch_sizes=batch_sizes)
-    rows = histogram.rows_per_length(ladder)
+    top = given.max if max_length is None else tokens(max_length, "max_length")
+    histogram, within = given.clip(longest=top), _within(n_buckets, limits)
+    if isinstance(cost, RunCost):
+        ladder = _joint_ladder(histogram, top, cost, batch_sizes, within, window)
+        mean = seconds_per_row(ladder, histogram, cost, window=window)
+    else:
+        if within != Limits(n_buckets=within.n_buckets):
+            raise LadderError("limits on memory and compile time are for joint plans; pass measured costs as cost=")
+        best = _best_lengths(histogram, _size(within.n_buckets, "n_buckets"), cost, top)
+        ladder = make_ladder(best, batch_sizes=batch_sizes)
+        mean = float(np.dot(histogram.rows_per_length(ladder), _prices(cost, ladder.lengths))) / histogram.total_rows
     return Plan(
         ladder=ladder,
-        cost=float(np.dot(rows, _prices(cost, ladder.lengths))) / histogram.total_rows,
+        cost=mean,
         waste=histogram.waste(ladder),
         waste_single=histogram.waste(cross([top], [1])),
-        rows=rows,
+        rows=histogram.rows_per_length(ladder),
         clipped=sum(count for length, count in zip(given.lengths, given.counts, strict=True) if length > top),
         histogram=histogram,
     )
+
+
+def seconds_per_row(ladder: Ladder, histogram: Histogram, cost: RunCost, *, window: int = WINDOW) -> float:
+    """Return the predicted seconds of a row when ``window`` rows like those of ``histogram`` run together.
+
+    Rows longer than the ladder count as its longest. What the scheduler saves by letting rows wait for a longer bucket
+    is not in it.
+    """
+    return run_seconds(ladder, _expected_rows(ladder, histogram, window), cost) / window
 
 
 def resolve_ladder(
@@ -208,23 +161,29 @@ def resolve_ladder(
     max_length: int | None,
     histogram: Histogram | None = None,
     n_buckets: int = 8,
-    cost: Cost | None = None,
+    cost: Cost | RunCost | None = None,
 ) -> Ladder:
     """Return the ladder that ``buckets`` means for one model.
 
     Args:
         buckets: ``"pow2"``, ``"auto"`` (the plan for ``histogram``, or without one lengths evenly spread by ratio),
             or anything ``make_ladder`` takes.
-        batch_sizes: combined with every length; None means ``DEFAULT_BATCH_SIZES``. Not beside pairs or a ladder.
+        batch_sizes: combined with every length; None means ``DEFAULT_BATCH_SIZES``. Not beside pairs or a ladder. For
+            a joint plan as in ``plan``.
         min_length, max_length: tokens of an empty text, and of the longest input the model takes (None: no limit).
         n_buckets, cost: for ``"auto"``, as in ``plan``.
 
     Raises:
         LadderError: an unknown preset, what ``make_ladder`` refuses, or a bucket no input of the model can use.
     """
-    if isinstance(buckets, str):
-        buckets = _preset_lengths(buckets, min_length, max_length, histogram, n_buckets, cost)
-    ladder = make_ladder(buckets, batch_sizes=batch_sizes)
+    longest = UNLIMITED_CAP if histogram is None else histogram.max
+    cap = max(min_length, longest if max_length is None else min(max_length, max(PRESET_CAP, longest)))
+    if buckets == "auto" and histogram is not None:
+        rows = histogram.clip(shortest=min_length, longest=cap)
+        ladder = plan(rows, n_buckets=n_buckets, cost=cost, batch_sizes=batch_sizes, max_length=cap).ladder
+    else:
+        lengths = _preset_lengths(buckets, min_length, cap, n_buckets) if isinstance(buckets, str) else buckets
+        ladder = make_ladder(lengths, batch_sizes=batch_sizes)
     for finding in lint(ladder, min_length=min_length, max_length=max_length):
         raise LadderError(finding.message)
     return ladder
@@ -236,23 +195,30 @@ def lint(
     min_length: int,
     max_length: int | None,
     histogram: Histogram | None = None,
-    cost: Cost | None = None,
+    cost: Cost | RunCost | None = None,
     bucket_price: float = 0.01,
+    window: int = WINDOW,
 ) -> list[Finding]:
     """Return what is wrong with each bucket, and with ``histogram`` each length that is not worth its place.
 
     Args:
         min_length, max_length: tokens of an empty text, and of the longest input the model takes (None: no limit).
         histogram: rows to judge the lengths by; rows longer than the ladder count as its longest.
-        cost: as in ``plan``.
+        cost: as in ``plan``. With the seconds of a run of any bucket, lengths are judged by predicted seconds, and
+            buckets that the scheduler never runs for such rows are found too.
         bucket_price: share of the total cost that a length must save to be worth compiling.
+        window: rows that are scheduled together, where ``cost`` has seconds.
     """
     impossible = [*_impossible_findings(ladder, min_length, max_length)]
     if histogram is None:
         return impossible
     skipped = {finding.bucket.length for finding in impossible}
-    used = _used_findings(ladder, histogram.clip(longest=ladder.max_length), cost, bucket_price)
-    return impossible + [finding for finding in used if finding.bucket.length not in skipped]
+    rows = histogram.clip(longest=ladder.max_length)
+    used = [one for one in _used_findings(ladder, rows, cost, bucket_price, window) if one.bucket.length not in skipped]
+    if isinstance(cost, RunCost):
+        skipped |= {finding.bucket.length for finding in used}
+        used += [one for one in _idle_findings(ladder, rows, cost, window) if one.bucket.length not in skipped]
+    return impossible + used
 
 
 def _best_lengths(histogram: Histogram, n_buckets: int, cost: Cost | None, top: int) -> list[int]:
@@ -330,41 +296,13 @@ def _prices(cost: Cost | None, lengths: Sequence[int]) -> Floats:
     return np.array(prices, dtype=np.float64)
 
 
-def _tokens(value: int, what: str) -> int:
-    """Return ``value`` as an int, checked to be from 1 to ``LONGEST``."""
-    tokens = _size(value, f"{what} (in tokens, special tokens included)")
-    if tokens > LONGEST:
-        raise LadderError(f"{what} must be at most {LONGEST:,} tokens, got {tokens}; 1e30 means no limit: pass None")
-    return tokens
-
-
-def _whole_numbers(lengths: Iterable[int]) -> list[int]:
-    """Return ``lengths`` as a list, checked to hold integers only."""
-    wanted = "lengths must be one whole number of tokens per row"
-    values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise LadderError(f"{wanted}, got {type(lengths).__name__}; pass a list such as [12, 57, 31]")
-    values = list(values)
-    for value in dict(zip(map(type, values), values, strict=True)).values():  # one of each type: quick for a million
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise LadderError(f"{wanted}, got {value!r:.80}; pass a list such as [12, 57, 31]")
-    return values
-
-
-def _preset_lengths(
-    name: str, shortest: int, max_length: int | None, histogram: Histogram | None, n_buckets: int, cost: Cost | None
-) -> Sequence[int]:
-    """Return the lengths of the preset ``name``, none below ``shortest``; the last is the most a preset may hold."""
-    longest = UNLIMITED_CAP if histogram is None else histogram.max
-    cap = max(shortest, longest if max_length is None else min(max_length, max(PRESET_CAP, longest)))
+def _preset_lengths(name: str, shortest: int, cap: int, n_buckets: int) -> list[int]:
+    """Return the lengths of the preset ``name`` where no rows are known, from ``shortest`` to ``cap``."""
     if name == "pow2":
         powers = (2**power for power in range(PRESET_START.bit_length() - 1, cap.bit_length()))
         return [*(length for length in powers if shortest <= length < cap), cap]
     if name != "auto":
         raise LadderError(f'buckets={name!r} is no preset; use "auto", "pow2", a length, or a list such as [64, 128]')
-    if histogram is not None:
-        rows = histogram.clip(shortest=shortest, longest=cap)
-        return plan(rows, n_buckets=n_buckets, cost=cost, max_length=cap).lengths
     start = min(cap, max(PRESET_START, shortest))
     spread = np.geomspace(cap, start, _size(n_buckets, "n_buckets")).round().astype(int).tolist()
     return sorted({min(cap, -(-length // 8) * 8) for length in spread})
@@ -381,17 +319,72 @@ def _impossible_findings(ladder: Ladder, min_length: int, max_length: int | None
             yield Finding(kind="beyond-maximum", bucket=bucket, message=f"bucket {bucket} {why}")
 
 
-def _used_findings(ladder: Ladder, histogram: Histogram, cost: Cost | None, bucket_price: float) -> Iterator[Finding]:
+def _used_findings(
+    ladder: Ladder, histogram: Histogram, cost: Cost | RunCost | None, bucket_price: float, window: int
+) -> Iterator[Finding]:
     """Yield the lengths that no row uses, and those whose rows could as well take the next length."""
-    rows = np.array(histogram.rows_per_length(ladder), dtype=np.float64)
-    prices = _prices(cost, ladder.lengths)
-    total, rises = float(rows @ prices), np.append(rows[:-1] * np.diff(prices), np.inf)
-    for length, used, rise in zip(ladder.lengths, rows, rises, strict=True):
+    total, rises = _rises(ladder, histogram, cost, window)
+    for length, used, rise in zip(ladder.lengths, histogram.rows_per_length(ladder), [*rises, math.inf], strict=True):
         bucket = ladder.of_length(length)[0]
         if not used:
             message = f"bucket {bucket} is used by none of the {histogram.total_rows:,} rows; drop length {length}"
             yield Finding(kind="unused", bucket=bucket, message=message)
         elif rise < bucket_price * total:
-            got = f"without bucket {bucket} the total cost changes by {rise / total:+.2%}"
+            changes = (
+                f"1,000 rows take {1000 * rise:+.3g} s," if isinstance(cost, RunCost) else "the total cost changes by"
+            )
+            got = f"without bucket {bucket} {changes} {rise / total:+.2%}"
             message = f"{got}, less than the {bucket_price:.2%} a length should save; drop length {length}"
             yield Finding(kind="saves-too-little", bucket=bucket, message=message)
+
+
+def _rises(ladder: Ladder, histogram: Histogram, cost: Cost | RunCost | None, window: int) -> tuple[float, list[float]]:
+    """Return the total cost, and by how much it rises without each length but the last, whose rows have no other."""
+    if isinstance(cost, RunCost):
+        total = seconds_per_row(ladder, histogram, cost, window=window)
+        others = [Ladder(tuple(b for b in ladder if b.length != length)) for length in ladder.lengths[:-1]]
+        return total, [seconds_per_row(other, histogram, cost, window=window) - total for other in others]
+    rows, prices = np.array(histogram.rows_per_length(ladder), dtype=np.float64), _prices(cost, ladder.lengths)
+    return float(rows @ prices), (rows[:-1] * np.diff(prices)).tolist()
+
+
+def _idle_findings(ladder: Ladder, histogram: Histogram, cost: RunCost, window: int) -> Iterator[Finding]:
+    """Yield the buckets that the scheduler runs in none of up to ``_WINDOWS`` windows of the rows, well mixed."""
+    rows = np.random.default_rng(0).permutation(np.repeat(histogram.lengths, histogram.counts))
+    windows = np.resize(rows, (min(_WINDOWS, -(-len(rows) // window)), window)).tolist()
+    seconds = cost.of(ladder)
+    run = {batch.bucket for lengths in windows for batch in assign(lengths, ladder, seconds.__getitem__)}
+    for bucket in ladder:
+        if bucket not in run:
+            message = f"the scheduler never runs bucket {bucket} for {window:,} such rows at a time; drop it"
+            yield Finding(kind="unused", bucket=bucket, message=message)
+
+
+def _within(n_buckets: int | None, limits: Limits | None) -> Limits:
+    """Return all limits as one, the lower number of buckets in it."""
+    given = Limits() if limits is None else limits
+    numbers = [_size(n, "n_buckets") for n in (n_buckets, given.n_buckets) if n is not None]
+    if not numbers:
+        raise LadderError("a plan needs n_buckets, such as n_buckets=8, or limits that have it; got neither")
+    return replace(given, n_buckets=min(numbers))
+
+
+def _joint_ladder(
+    histogram: Histogram, top: int, cost: RunCost, batch_sizes: Sequence[int] | None, limits: Limits, window: int
+) -> Ladder:
+    """Return the fastest ladder that ends at ``top``, of at most ``MOST_LENGTHS`` lengths at which there are rows."""
+    lengths = np.array(sorted({*histogram.lengths, top}), dtype=np.int64)
+    if len(lengths) > MOST_LENGTHS:
+        spread = np.geomspace(lengths[0], top, MOST_LENGTHS)
+        lengths = np.unique(lengths[np.searchsorted(lengths, spread, side="right") - 1])
+    candidates = cross(lengths.tolist(), [1])
+    rows = _expected_rows(candidates, histogram, window)
+    sizes = BATCH_SIZES if batch_sizes is None else batch_sizes
+    return best_ladder(candidates.lengths, rows, cost, batch_sizes=sizes, limits=limits)
+
+
+def _expected_rows(ladder: Ladder, histogram: Histogram, window: int) -> list[float]:
+    """Return how many of ``window`` rows each length is the smallest for; rows too long count as the longest."""
+    rows = histogram.clip(longest=ladder.max_length)
+    share = _size(window, "window (rows that are scheduled together)") / rows.total_rows
+    return [count * share for count in rows.rows_per_length(ladder)]

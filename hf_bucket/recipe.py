@@ -65,7 +65,8 @@ class Recipe:
         model: Hub id, path (relative to the working directory), or ``DEFAULT_MODEL``.
         buckets: a preset, or lengths or ``(batch_size, length)`` pairs that are known to make a ladder.
         batch_sizes: combined with every length; None is ``ladder.DEFAULT_BATCH_SIZES``, or beside pairs their own.
-        n_buckets: lengths that ``"auto"`` may use.
+            ``"auto"`` chooses them and the lengths jointly, and is only there with automatic buckets and a calibration.
+        n_buckets: lengths that ``"auto"`` may use; with automatic batch sizes, buckets in all.
         calibration: None where nothing is known of the lengths.
         task: the name in ``tasks.TASKS``, never an alias.
         output: folder for the artifact; None leaves it in the cache.
@@ -75,7 +76,7 @@ class Recipe:
     path: Path = field(compare=False)
     model: str
     buckets: Buckets = "auto"
-    batch_sizes: tuple[int, ...] | None = None
+    batch_sizes: tuple[int, ...] | Literal["auto"] | None = None
     n_buckets: int = 8
     calibration: Calibration | None = None
     task: str = "text-classification"
@@ -110,7 +111,7 @@ _GLUE_NAMES = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wn
 KEYS = (
     Key(name="model", required=True),
     Key(name="buckets", kind="buckets", values=("auto", "pow2")),
-    Key(name="batch_sizes", kind="batch sizes"),
+    Key(name="batch_sizes", kind="batch sizes", values=("auto",)),
     Key(name="n_buckets", kind="count"),
     Key(
         name="calibration",
@@ -313,8 +314,10 @@ def _read_count(path: Path, node: Any, key: Key) -> int:
     return count
 
 
-def _read_batch_sizes(path: Path, node: Any, key: Key) -> tuple[int, ...]:
-    expected = "a list of whole numbers such as [1, 8]"
+def _read_batch_sizes(path: Path, node: Any, key: Key) -> tuple[int, ...] | str:
+    expected = "a list of whole numbers, or auto, such as [1, 8]"
+    if _is_a(node, "str") and node.value in key.values:
+        return str(node.value)
     if not _is_a(node, "seq"):
         raise _error(path, node, f"{key.name} must be {expected}, got {_got(node)}")
     return tuple(_read_number(path, item, key, expected) for item in node.value)
@@ -354,7 +357,12 @@ def _check_ladder(path: Path, values: Mapping[str, Any], places: Mapping[str, An
     buckets, sizes = values.get("buckets", "auto"), values.get("batch_sizes")
     culprit = "batch_sizes"
     try:
-        if sizes is not None:
+        if sizes == "auto":
+            if buckets != "auto" or "calibration" not in values:
+                raise LadderError(
+                    "auto is for buckets: auto with a calibration; add both, or give a list such as [1, 8]"
+                )
+        elif sizes is not None:
             cross([1], sizes)
         if not isinstance(buckets, str):
             culprit = "buckets"

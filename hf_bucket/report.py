@@ -17,7 +17,8 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from hf_bucket.errors import DataError, InputError, missing_part
-from hf_bucket.planner import Histogram, Plan
+from hf_bucket.histogram import Histogram
+from hf_bucket.planner import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -288,9 +289,7 @@ class Runner:
             budget_s: seconds to spend, about; buckets that go over it are predicted.
             again: measure even though the cache has costs for this ladder.
         """
-        engine = self._one
-        name = f"{resolve_provider(engine.provider)}-{engine.mode}-{self._many.threads}x{self._many.workers}.json"
-        path = machine_folder(self.artifact.graph_sha256()) / name
+        path = costs_path(self.artifact, self._one)
         kept = read_costs(path)
         if kept.seconds and not again:
             return kept
@@ -435,6 +434,13 @@ class Runner:
                 BucketWarning,
                 stacklevel=4,
             )
+
+
+def costs_path(artifact: Artifact, engine: EngineOptions) -> Path:
+    """Return the file of this machine's cache for what buckets of a model cost; all ladders of a model share it."""
+    many = engine.for_many_batches()
+    name = f"{resolve_provider(engine.provider)}-{engine.mode}-{many.threads}x{many.workers}.json"
+    return machine_folder(artifact.graph_sha256()) / name
 
 
 def _check_finite(batch: PaddedBatch, outputs: Mapping[str, Array], features: Features) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_bucket
+from hf_bucket.arguments import size_bytes
 from hf_bucket.cli import COMMANDS, main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -63,6 +66,81 @@ def test_plan_counts_the_tokens_of_texts(capfd, tiny_bert: Path, tmp_path: Path)
     assert "texts need a --tokenizer MODEL" in wrong(capfd, "plan", texts)
     status, _, err = run(capfd, "plan", texts, "--tokenizer", tiny_bert, "--column", "review")
     assert (status, "no column 'review'" in err, "id, text" in err) == (1, True, True)
+
+
+def test_plan_for_a_model_chooses_batch_sizes_by_what_runs_cost_here(
+    capfd, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("w1\n" * 40 + "w1 w2 w3 w4 w5 w6 w7 w8\n" * 8, encoding="utf-8")
+    options = ["--model", artifact, "--n-buckets", "3", "--seconds", "0.3"]
+    status, out, err = run(capfd, "plan", texts, *options, "--json")
+    found = json.loads(out)
+    assert (status, "measuring what a run of every bucket costs" in err) == (0, True)
+    assert found["buckets"] == ",".join(f"{batch}x{length}" for batch, length in found["ladder"])
+    assert {length for _, length in found["ladder"]} <= {3, 10}
+    assert found["own_ladder"] == [[1, 8], [4, 8], [1, 32], [4, 32]]
+    seconds = found["seconds_per_1000_rows"]
+    assert (seconds["plan"] > 0, seconds["plan"]) == (True, pytest.approx(1000 * found["cost"]))
+    status, out, err = run(capfd, "plan", texts, *options)
+    assert (status, "measuring" in err) == (0, False), "the costs are in this machine's cache"
+    assert f"--buckets {found['buckets']}" in out.splitlines(), "the same costs, the same plan"
+    assert "s per 1,000 rows; with the model's own ladder [b1_s8, b4_s8, b1_s32, b4_s32]" in out
+    assert run(capfd, "compile", artifact, "--buckets", found["buckets"])[0] == 0
+    status, out, _ = run(capfd, "plan", "--lengths", "3,10,70", *options, "--batch-sizes", "2,4", "--json")
+    found = json.loads(out)
+    assert (found["clipped"], found["ladder"][-1][1]) == (1, 64), "the model holds 64 tokens"
+    assert {batch for batch, _ in found["ladder"]} <= {2, 4}
+
+
+def test_plan_for_a_model_keeps_limits_or_says_what_is_the_least(
+    capfd, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    model = ["--lengths", "3,3,3,3,3,3,3,3,60", "--model", artifact, "--seconds", "0.3"]
+    status, out, _ = run(capfd, "plan", *model, "--batch-sizes", "8,32", "--json")
+    assert (status, any(batch == 32 for batch, _ in json.loads(out)["ladder"])) == (0, True)
+    status, _, err = run(capfd, "plan", *model, "--batch-sizes", "32", "--memory", "10kB")
+    assert (status, "memory_bytes is 10,000 but b32_s60, the least that holds 60 tokens, needs" in err) == (1, True)
+    least = int(re.search(r"needs ([\d,]+);", err)[1].replace(",", ""))
+    assert run(capfd, "plan", *model, "--batch-sizes", "32", "--memory", str(least - 1))[0] == 1
+    status, out, _ = run(capfd, "plan", *model, "--batch-sizes", "8,32", "--memory", str(least - 1), "--json")
+    assert (status, {batch for batch, length in json.loads(out)["ladder"] if length == 60}) == (0, {8})
+    status, _, err = run(capfd, "plan", *model, "--compile-seconds", "0.00001")
+    assert (status, "compile_s is 1e-05 but one bucket, the least there can be, takes" in err) == (1, True)
+    assert run(capfd, "plan", *model, "--compile-seconds", "1000")[0] == 0
+    status, _, err = run(capfd, "plan", *model, "--max-length", "65")
+    assert (status, "s65 is longer than this model's maximum of 64 tokens" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "size"),
+    [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("500 MB", 5 * 10**8), ("10kB", 10**4), ("4096", 4096), ("7B", 7)],
+)
+def test_a_size_is_read_with_its_unit(typed: str, size: int) -> None:
+    assert size_bytes(typed) == size
+
+
+@pytest.mark.parametrize("typed", ["", "0", "-1GB", "GB", "2XB", "2G", "1e9", "nan"])
+def test_a_size_that_is_none_is_refused(typed: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size such as 2GB"):
+        size_bytes(typed)
+
+
+def test_compile_chooses_batch_sizes_where_it_knows_the_texts(
+    capfd, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\n" + "w1\n" * 40 + "w1 w2 w3 w4\n" * 8, encoding="utf-8")
+    options = ["--buckets", "auto", "--batch-sizes", "auto", "--n-buckets", "3", "--calibration", texts, "--json"]
+    status, out, _ = run(capfd, "compile", artifact, *options)
+    ladder = json.loads(out)["ladder"]
+    assert (status, len(ladder) <= 3) == (0, True)
+    assert json.loads(run(capfd, "compile", artifact, *options)[1])["ladder"] == ladder
+    status, _, err = run(capfd, "compile", artifact, "--batch-sizes", "auto")
+    assert (status, 'batch_sizes="auto" needs to know the texts; give calibration_dataset' in err) == (1, True)
 
 
 def test_inspect_and_validate_show_every_bucket(capfd, artifact: Path) -> None:
@@ -160,9 +238,17 @@ def test_a_recipe_compiles_and_a_wrong_one_is_named_by_line(capfd, tiny_bert: Pa
         (["predict", "model", "--kind", "text", "--json"], "--json prints a summary"),
         (["eval", "--model", "m", "--buckets", "8"], "eval needs --task, --data, or a --recipe"),
         (["eval", "--task", "sst2", "--buckets", "8"], "eval needs --model or a --recipe"),
+        (["plan", "--lengths", "1", "--model", "m", "--tokenizer", "m"], "--tokenizer and --model do not go together"),
+        (["plan", "--lengths", "1", "--memory", "2GB"], "--memory needs --model"),
+        (["plan", "--lengths", "1", "--compile-seconds", "2"], "--compile-seconds needs --model"),
+        (["plan", "--lengths", "1", "--seconds", "2"], "--seconds needs --model"),
+        (["plan", "--lengths", "1", "--window", "2"], "--window needs --model"),
         (["plan", "--lengths", "1,x"], "'x' is not a whole number of at least 1"),
     ],
-    ids=["nothing", "plan", "compile", "predict", "stdin", "json", "eval", "eval model", "numbers"],
+    ids=[
+        *["nothing", "plan", "compile", "predict", "stdin", "json", "eval", "eval model"],
+        *["two tokenizers", "memory", "compile seconds", "seconds", "window", "numbers"],
+    ],
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_needed(capfd, arguments: list[str], message: str) -> None:
     assert message in wrong(capfd, *arguments)

@@ -18,7 +18,7 @@ from conftest import WORDS, save_tiny_bert, text_of, tiny_tokenizer
 import hf_bucket
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, open_artifact
 from hf_bucket.cache import MACHINES, cache_root, clear, entries
-from hf_bucket.compile import CompileOptions, check_buckets, compile_model
+from hf_bucket.compile import CompileOptions, check_buckets, compile_model, measured_costs
 from hf_bucket.errors import (
     ArtifactError,
     BucketWarning,
@@ -28,9 +28,12 @@ from hf_bucket.errors import (
     PaddingLeakError,
     ProviderError,
 )
+from hf_bucket.export import export
 from hf_bucket.graph import adopt, save_graph, specialise
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import MANIFEST
+from hf_bucket.planner import plan
+from hf_bucket.session_ort import EngineOptions
 from hf_bucket.source import Source
 from hf_bucket.tasks import get_task
 
@@ -313,6 +316,57 @@ def test_without_calibration_an_automatic_ladder_says_so(artifact: Artifact) -> 
 def test_calibration_data_that_is_none_is_refused(artifact: Artifact, calibration, message) -> None:
     with pytest.raises(LadderError, match=message):
         compile_model(Source(name=str(artifact.folder)), CompileOptions(buckets="auto", calibration=calibration))
+
+
+def test_automatic_batch_sizes_are_the_joint_plan_and_the_same_the_second_time(
+    tiny_bert: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    exports: list[object] = []
+    monkeypatch.setattr(
+        "hf_bucket.compile.export", lambda *args, **kwargs: exports.append(1) or export(*args, **kwargs)
+    )
+    lines: list[str] = []
+    calibration = [text_of(3)] * 30 + [text_of(20)] * 5
+    options = CompileOptions(batch_sizes="auto", n_buckets=3, calibration=iter(calibration), measure_s=0.2)
+    first = compile_model(Source(name=str(tiny_bert)), options, report=lines.append)
+    assert [line for line in lines if "measuring what a run of every bucket costs" in line] == [lines[2]]
+    costs = measured_costs(first, EngineOptions(), 0.0, report=pytest.fail)
+    assert first.manifest.ladder == plan([5] * 30 + [22] * 5, n_buckets=3, cost=costs, max_length=64).ladder
+    again = replace(options, calibration=calibration)
+    assert compile_model(Source(name=str(tiny_bert)), again, report=pytest.fail) == first
+    other = compile_model(Source(name=str(first.folder)), replace(again, calibration=[5, 64]), report=silent)
+    assert other.manifest.ladder == plan([5, 64], n_buckets=3, cost=costs).ladder
+    assert len(exports) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"buckets": [8], "calibration": [5]},
+            r'batch_sizes="auto" is for buckets="auto", got \[8\]; give batch sizes',
+        ),
+        ({"buckets": "pow2", "calibration": [5]}, 'batch_sizes="auto" is for buckets="auto", got \'pow2\''),
+        ({"buckets": "auto"}, 'batch_sizes="auto" needs to know the texts; give calibration_dataset'),
+        ({}, 'batch_sizes="auto" needs to know the texts'),
+        (
+            {"batch_sizes": "all", "calibration": [5]},
+            r"batch_sizes must be a list such as \[1, 8\], or \"auto\"; got 'all'",
+        ),
+    ],
+    ids=["lengths", "pow2", "no texts", "nothing", "unknown"],
+)
+def test_automatic_batch_sizes_need_automatic_lengths_of_known_texts(options, message) -> None:
+    with pytest.raises(LadderError, match=message):
+        CompileOptions(**{"batch_sizes": "auto", **options})
+
+
+def test_automatic_batch_sizes_come_through_the_doors(artifact: Artifact) -> None:
+    options = {"buckets": "auto", "batch_sizes": "auto", "calibration_dataset": [5] * 9 + [22], "n_buckets": 2}
+    model = hf_bucket.BucketedModelForSequenceClassification.from_pretrained(artifact.folder, **options)
+    classify = hf_bucket.pipeline(model=artifact.folder, **options)
+    assert (len(model.ladder) <= 2, model.ladder) == (True, classify.ladder)
 
 
 def test_a_checkpoint_without_the_head_is_refused(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ PACKAGE = Path(hf_bucket.__file__).parent
 ROOMS = (
     {"errors"},
     {"ladder", "tasks", "weights", "narrow", "liveness"},
-    {"families", "overflow", "fusions"},
-    {"planner", "assign", "metrics", "manifest", "source", "recipe", "data"},
+    {"families", "overflow", "fusions", "assign", "histogram", "joint"},
+    {"planner", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "stats", "workers", "memory"},
     {"facts", "probes", "machine", "describe", "session_openvino"},
@@ -27,7 +27,7 @@ ROOMS = (
     {"export", "runner", "systems", "quantize", "fuse"},
     {"compile", "evaluate", "certificate"},
     {"models", "pipelines", "glue"},
-    {"predict", "arguments"},
+    {"predict", "arguments", "advise"},
     {"__init__"},
     {"cli"},
 )

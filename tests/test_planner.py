@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_bucket.errors import LadderError, TooLongError
-from hf_bucket.ladder import DEFAULT_BATCH_SIZES, Ladder, cross, make_ladder
-from hf_bucket.planner import LONGEST, PRESET_CAP, Finding, Histogram, Plan, lint, plan, resolve_ladder
+from hf_bucket.histogram import Histogram
+from hf_bucket.ladder import DEFAULT_BATCH_SIZES, LONGEST, Ladder, cross, make_ladder
+from hf_bucket.planner import PRESET_CAP, Finding, Plan, lint, plan, resolve_ladder
 
 Cost = Callable[[int], float]
 

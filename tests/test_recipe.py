@@ -214,7 +214,7 @@ WRONG = {
     ),
     "choice-that-is-a-number": (
         "model: x\nmode: 1",
-        r"x\.yaml:2: mode must be one of shared, static, got the number '1'",
+        r"x\.yaml:2: mode must be one of shared, static, auto, got the number '1'",
     ),
     "text-for-section": (
         "model: x\nevaluate: mrpc",
@@ -238,6 +238,14 @@ WRONG = {
     "one-batch-size": (
         "model: x\nbatch_sizes: 8",
         r"x\.yaml:2: batch_sizes must be a list of .* \[1, 8\], got the number",
+    ),
+    "batch-sizes-auto-beside-lengths": (
+        "model: x\nbuckets: [8]\nbatch_sizes: auto",
+        r"x\.yaml:3: batch_sizes: auto is for buckets: auto with a calibration; add both",
+    ),
+    "batch-sizes-auto-without-calibration": (
+        "model: x\nbatch_sizes: auto",
+        r"x\.yaml:2: batch_sizes: auto is for buckets: auto with a calibration; add both",
     ),
     "text-batch-size": ("model: x\nbatch_sizes:\n- 1\n- a", r"x\.yaml:4: batch_sizes must be .* got the text 'a'"),
     "no-batch-size": ("model: x\nbatch_sizes: []", r"x\.yaml:2: batch_sizes: batch_sizes is empty"),
@@ -311,3 +319,7 @@ def test_a_folder_and_bytes_that_are_no_utf8_cannot_be_read(tmp_path: Path) -> N
 def test_the_tasks_of_glue_are_those_of_the_evaluation() -> None:
     section = next(key for key in KEYS if key.name == "evaluate")
     assert section.keys[0] == Key(name="glue", required=True, values=tuple(task.name for task in GLUE_TASKS))
+
+
+def test_batch_sizes_may_be_left_to_the_plan(read: Read) -> None:
+    assert read("model: x\nbatch_sizes: auto\ncalibration: {file: rows.txt}").batch_sizes == "auto"

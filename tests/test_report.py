@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from hf_bucket.errors import DataError, DependencyError, InputError
 from hf_bucket.evaluate import EvalReport, SystemFigures
-from hf_bucket.planner import Histogram, Plan, plan
+from hf_bucket.histogram import Histogram
+from hf_bucket.planner import Plan, plan
 from hf_bucket.report import MIN_WIDTH, bin_rows, draw_evaluation, draw_plan, plan_chart_text, spread
 
 quick = settings(deadline=None, max_examples=60)
