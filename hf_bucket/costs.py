@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -39,14 +39,16 @@ class Costs:
 
     Attributes:
         seconds: medians of what was measured.
+        alone: the same of runs that have every core to themselves, of buckets that a request of one row runs in.
         at_once: whether several batches on one thread each were faster than one after another on every core.
     """
 
     seconds: Mapping[Bucket, float]
+    alone: Mapping[Bucket, float] = field(default_factory=dict)
     at_once: bool = True
 
     def __post_init__(self) -> None:
-        if any(not 0 < value < float("inf") for value in self.seconds.values()):
+        if any(not 0 < value < float("inf") for value in (*self.seconds.values(), *self.alone.values())):
             raise InputError("costs must be positive numbers of seconds; measure again with hf-bucket tune")
 
     def __call__(self, bucket: Bucket) -> float:
@@ -57,6 +59,13 @@ class Costs:
     def tell(self) -> bool:
         """Whether there are costs, and of runs long enough to tell one bucket from another."""
         return bool(self.seconds) and min(self.seconds.values()) >= SHORTEST_S
+
+    @property
+    def quick(self) -> frozenset[Bucket]:
+        """Buckets whose run takes no longer on one thread than on every core."""
+        return frozenset(
+            bucket for bucket, value in self.alone.items() if self.seconds.get(bucket, float("inf")) <= value
+        )
 
     def of(self, ladder: Ladder) -> dict[Bucket, float]:
         """Return the cost of every bucket of a ladder, none less than that of a bucket it could stand in for."""
@@ -74,18 +83,26 @@ class Costs:
 
     def to_json(self) -> dict[str, object]:
         """Return what ``from_json`` reads."""
-        return {"at_once": self.at_once, "seconds": {bucket.name: value for bucket, value in self.seconds.items()}}
+        tables = {"seconds": self.seconds, "alone": self.alone}
+        named = {key: {bucket.name: value for bucket, value in table.items()} for key, table in tables.items()}
+        return {"at_once": self.at_once, **named}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Costs:
         """Return the costs that ``to_json`` wrote; what cannot be read is left out, and is measured again."""
-        seconds, found = data.get("seconds"), {}
-        for name, value in seconds.items() if isinstance(seconds, dict) else ():
-            sizes = _NAME.fullmatch(name)
-            if sizes and isinstance(value, float) and 0 < value < float("inf"):
-                with contextlib.suppress(LadderError):
-                    found[Bucket(batch_size=int(sizes[1]), extent=(int(sizes[2]),))] = value
-        return cls(seconds=found, at_once=data.get("at_once") is not False)
+        tables = {key: _buckets(data.get(key)) for key in ("seconds", "alone")}
+        return cls(**tables, at_once=data.get("at_once") is not False)
+
+
+def _buckets(table: object) -> dict[Bucket, float]:
+    """Return what can be read of a table of seconds by the names of buckets."""
+    found: dict[Bucket, float] = {}
+    for name, value in table.items() if isinstance(table, dict) else ():
+        sizes = _NAME.fullmatch(name)
+        if sizes and isinstance(value, float) and 0 < value < float("inf"):
+            with contextlib.suppress(LadderError):
+                found[Bucket(batch_size=int(sizes[1]), extent=(int(sizes[2]),))] = value
+    return found
 
 
 def fitted(figures: Mapping[Bucket, float], bucket: Bucket) -> float:
@@ -159,7 +176,7 @@ def compare(
         arrays, until = batches(bucket), clock() + share
         times: dict[str, list[float]] = {name: [] for name in systems}
         for number in range(ROUNDS + 1):
-            for name, sessions in systems.items():
+            for name, sessions in list(systems.items())[:: -1 if number % 2 else 1]:
                 start = clock()
                 sessions[bucket].run(arrays)
                 times[name].append(clock() - start)
@@ -214,4 +231,6 @@ def read_costs(path: Path) -> Costs:
 
 def write_costs(path: Path, costs: Costs) -> None:
     """Keep costs in a file of the machine's cache, with those of other buckets that it has already."""
-    write_figures(path, Costs(seconds={**read_costs(path).seconds, **costs.seconds}, at_once=costs.at_once).to_json())
+    known = read_costs(path)
+    seconds, alone = {**known.seconds, **costs.seconds}, {**known.alone, **costs.alone}
+    write_figures(path, Costs(seconds=seconds, alone=alone, at_once=costs.at_once).to_json())

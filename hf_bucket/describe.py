@@ -138,17 +138,20 @@ def describe_failure(failed: Certificate) -> str:
 
 def describe_costs(costs: Costs, ladder: Ladder) -> str:
     """Return a table of what every bucket costs on this machine, and how many batches run best."""
-    rows = [("bucket", "ms a run", "us a cell", "from")]
+    rows: list[tuple[str, ...]] = [("bucket", "ms a run", "us a cell", "from", "ms on every core")]
     for bucket in ladder:
         seconds, origin = costs(bucket), "measured" if bucket in costs.seconds else "predicted"
-        rows.append((bucket.name, f"{seconds * 1e3:.3g}", f"{seconds * 1e6 / bucket.cells:.3g}", origin))
+        alone = f"{costs.alone[bucket] * 1e3:.3g}" if bucket in costs.alone else "-"
+        rows.append((bucket.name, f"{seconds * 1e3:.3g}", f"{seconds * 1e6 / bucket.cells:.3g}", origin, alone))
     many = "at once, one thread each" if costs.at_once else "one after another, each on every core"
     used = (
         ""
         if costs.tell
         else "\nThese runs are too short to tell buckets apart: rows go to the smallest that holds them."
     )
-    return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{used}"
+    lone = f"A request of one row runs on every core, but for {len(costs.quick)} of {len(costs.alone)} buckets."
+    single = f" {lone}" if costs.alone else ""
+    return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{single}{used}"
 
 
 def describe_choice(choice: Choice) -> str:

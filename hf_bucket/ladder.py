@@ -128,6 +128,10 @@ class Ladder:
                 return bucket
         raise too_long(length, self.max_length, maximum=None)
 
+    def smallest_batches(self) -> tuple[Bucket, ...]:
+        """Return, of every length, the bucket with the smallest batch: what a request of one row runs in."""
+        return tuple(self.of_length(length)[0] for length in self.lengths)
+
     def of_length(self, length: int) -> tuple[Bucket, ...]:
         """Return the buckets of exactly ``length`` tokens, smallest batch first; empty when there is none."""
         return tuple(b for b in self.buckets if b.length == length)

@@ -87,6 +87,7 @@ class Runner:
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
         self._cost, self._at_once = cost, True
+        self._quick: frozenset[Bucket] = frozenset()  # buckets whose run is no faster on every core than on one thread
         self._overflow = make_overflow(self.options.overflow)
         self._engine, self._dynamic = engine, dynamic
         self._exact: Callable[[Bucket], Session] | None = None
@@ -110,7 +111,7 @@ class Runner:
         self._open()
         if cost is None and self.options.measure_s:
             costs = self.measure(self.options.measure_s, again=False)
-            self._at_once = costs.at_once
+            self._at_once, self._quick = costs.at_once, costs.quick
             self._cost = costs.of(self.ladder).__getitem__ if costs.tell else None
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
@@ -285,6 +286,8 @@ class Runner:
     def measure(self, budget_s: float, *, again: bool = True, clock: Clock = time.perf_counter) -> Costs:
         """Return what a run of every bucket costs here, and keep it in this machine's cache.
 
+        Most of the time goes to runs as many batches at once have them, the rest to runs of one batch on every core.
+
         Args:
             budget_s: seconds to spend, about; buckets that go over it are predicted.
             again: measure even though the cache has costs for this ladder.
@@ -294,10 +297,17 @@ class Runner:
         if kept.seconds and not again:
             return kept
         workers, many = self._open(self._many.workers)
-        seconds = measure(many, self._sample, budget_s=budget_s, clock=clock)
-        at_once = workers.n == 1 or faster_at_once(self._open()[1], many, workers, self._sample, seconds, clock)
-        write_costs(path, Costs(seconds=seconds, at_once=at_once))
-        return read_costs(path) if read_costs(path).seconds else Costs(seconds=seconds, at_once=at_once)
+        if workers.n == 1:
+            costs = Costs(seconds=measure(many, self._sample, budget_s=budget_s, clock=clock))
+        else:
+            seconds = measure(many, self._sample, budget_s=budget_s * 2 / 3, clock=clock)
+            one = self._open()[1]
+            at_once = faster_at_once(one, many, workers, self._sample, seconds, clock)
+            single = {bucket: one[bucket] for bucket in self.ladder.smallest_batches()}
+            alone = measure(single, self._sample, budget_s=budget_s / 3, clock=clock)
+            costs = Costs(seconds=seconds, alone=alone, at_once=at_once)
+        write_costs(path, costs)
+        return read_costs(path) if read_costs(path).seconds else costs
 
     def close(self) -> None:
         """Release the sessions and end the worker threads; a later call opens them again.
@@ -329,21 +339,31 @@ class Runner:
     def _open(self, batches: int = 1) -> tuple[Workers, Mapping[Bucket, Session]]:
         """Return the sessions for a request of some batches, and what runs these.
 
-        A few batches run one after another, each on every core; as many as there are workers, or more, run at once.
-        Engine threads do not survive a fork, so a child process opens sessions of its own.
+        A few batches run one after another, each on every core unless one thread was as fast; as many as there are
+        workers, or more, run at once. Engine threads do not survive a fork, so a child process opens
+        sessions of its own.
         """
         self._leave_parent()
         many = batches >= self._many.workers > 1 and self._at_once
-        options = self._many if many else self._one
         with self._lock:
-            if options.threads not in self._opened:
-                if self._was_open:
-                    self.artifact.check_unchanged()  # it may be another one by now
-                self._opened[options.threads] = sessions = self._engine(self.artifact, options)
-                if self.options.warmup and not (many and self._was_open):
-                    self._warm_up(sessions)
-                self._was_open = True
-            return (self._workers if many else _ONE), self._opened[options.threads]
+            if many:
+                return self._workers, self._sessions(self._many)
+            sessions = self._sessions(self._one)
+            if self._quick:
+                quick = self._sessions(self._many)
+                sessions = {bucket: (quick if bucket in self._quick else sessions)[bucket] for bucket in sessions}
+            return _ONE, sessions
+
+    def _sessions(self, options: EngineOptions) -> Mapping[Bucket, Session]:
+        """Return the sessions made with these options; they are opened once."""
+        if options.threads not in self._opened:
+            if self._was_open:
+                self.artifact.check_unchanged()  # it may be another one by now
+            self._opened[options.threads] = sessions = self._engine(self.artifact, options)
+            if self.options.warmup and not (options is self._many and self._was_open):
+                self._warm_up(sessions)
+            self._was_open = True
+        return self._opened[options.threads]
 
     def _leave_parent(self) -> None:
         """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""

@@ -12,6 +12,7 @@ from conftest import fake_artifact, fake_engine, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_bucket.artifact import Artifact
 from hf_bucket.assign import cells_cost
 from hf_bucket.batch import Array
 from hf_bucket.costs import Costs, faster_at_once, measure, read_costs, write_costs
@@ -86,6 +87,44 @@ def test_batches_run_at_once_only_where_that_is_faster() -> None:
     assert not faster_at_once(every_core, one_thread, workers, nothing, seconds, time)
 
 
+def test_a_single_request_takes_one_thread_only_where_every_core_is_no_faster() -> None:
+    costs = Costs(seconds={SMALL: 0.5, LARGE: 2.0}, alone={SMALL: 0.5, LARGE: 1.0})
+    assert costs.quick == {SMALL}
+    assert Costs(seconds={LARGE: 1.0}, alone={SMALL: 0.5}).quick == frozenset(), "nobody knows"
+
+
+@pytest.mark.parametrize(
+    ("one_thread_s", "every_core_s", "taken"),
+    [pytest.param(0.01, 0.02, 1, id="one thread"), pytest.param(0.02, 0.01, 0, id="every core")],
+)
+def test_a_single_request_runs_on_the_sessions_that_were_faster_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread_s: float, every_core_s: float, taken: int
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    artifact = fake_artifact(tmp_path / "fake", make_ladder([8, 16], batch_sizes=[1, 4]))
+    time, asked = Time(), []
+
+    def engine(artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+        per_run = one_thread_s if options.threads else every_core_s
+
+        class Noted(FakeSession):
+            def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+                time.now += per_run
+                asked.append(options.threads)
+                return super().run(arrays)
+
+        return {bucket: Noted(bucket) for bucket in artifact.manifest.ladder}
+
+    runner = Runner(artifact, RunOptions(engine=EngineOptions(workers=2)), engine=engine)
+    runner.measure(1.0, clock=time)
+    again = Runner(artifact, RunOptions(engine=EngineOptions(workers=2), measure_s=1.0), engine=engine)
+    asked.clear()
+    assert len(again(["w1 w2"])) == 1
+    assert asked == [taken]
+    again.close()
+    assert len(again(["w1 w2"])) == 1
+
+
 # predicting
 
 
@@ -133,8 +172,8 @@ def test_costs_are_kept_beside_those_of_other_ladders(tmp_path: Path) -> None:
     path = tmp_path / "machine" / "costs.json"
     assert read_costs(path) == Costs(seconds={})
     write_costs(path, Costs(seconds={SMALL: 0.5, LARGE: 0.75}))
-    write_costs(path, Costs(seconds={LARGE: 1.5}, at_once=False))
-    assert read_costs(path) == Costs(seconds={SMALL: 0.5, LARGE: 1.5}, at_once=False)
+    write_costs(path, Costs(seconds={LARGE: 1.5}, alone={SMALL: 0.25}, at_once=False))
+    assert read_costs(path) == Costs(seconds={SMALL: 0.5, LARGE: 1.5}, alone={SMALL: 0.25}, at_once=False)
     assert [entry.name for entry in path.parent.iterdir()] == ["costs.json"]
 
 
