@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_bucket.artifact import Artifact
 from hf_bucket.compile import bucket_compile_s, plain_ladder, with_buckets
 from hf_bucket.costs import Costs, fitted
 from hf_bucket.describe import describe_costs
 from hf_bucket.encode import Encoder
-from hf_bucket.graph import load_graph
+from hf_bucket.errors import LadderError
 from hf_bucket.histogram import Histogram
 from hf_bucket.joint import WINDOW, Limits
 from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.memory import footprint
 from hf_bucket.planner import Finding, Plan, lint, plan, resolve_ladder, seconds_per_row
-
-if TYPE_CHECKING:
-    import onnx_ir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,31 +120,11 @@ def limits_for(
 def memory_of(artifact: Artifact) -> Callable[[Bucket], int]:
     """Return a function that tells in how many bytes a run of a bucket computes, weights not counted.
 
-    Of the artifact's own buckets it is the most that the tensors of the graph take at once; other buckets follow from
-    these, as costs do (``costs.fitted``).
+    Of the artifact's own buckets it is what ``memory.footprint`` says; other buckets follow from these, as costs do
+    (``costs.fitted``).
     """
-    known = {bucket: float(_peak_bytes(artifact.variant(bucket))) for bucket in artifact.manifest.ladder}
+    taken = footprint(artifact.manifest).activations
+    known = {bucket: float(taken[bucket.name]) for bucket in artifact.manifest.ladder if bucket.name in taken}
+    if not known:
+        raise LadderError("nobody knows the memory of this model's buckets: sizes depend on its input; drop --memory")
     return lambda bucket: round(known[bucket] if bucket in known else fitted(known, bucket))
-
-
-def _peak_bytes(path: Path) -> int:
-    """Return the most that the tensors of a graph of fixed shapes take at once, one node after another."""
-    graph = load_graph(path).graph
-    nodes = list(graph)
-    held = {id(value) for value in (*graph.outputs, *graph.initializers.values())}
-    last = {id(value): place for place, node in enumerate(nodes) for value in node.inputs}
-    alive = most = sum(map(_bytes, graph.inputs))
-    for place, node in enumerate(nodes):
-        alive += sum(map(_bytes, node.outputs))
-        most = max(most, alive)
-        done = {id(value): value for value in (*node.inputs, *node.outputs) if value is not None}
-        alive -= sum(_bytes(value) for key, value in done.items() if key not in held and last.get(key, -1) <= place)
-    return most
-
-
-def _bytes(value: onnx_ir.Value) -> int:
-    """Return the size of a tensor; 0 where it depends on what the graph is given."""
-    sizes = None if value.shape is None else [size for size in value.shape if isinstance(size, int)]
-    if sizes is None or value.dtype is None or len(sizes) < len(value.shape or ()):
-        return 0
-    return math.ceil(value.dtype.itemsize * math.prod(sizes))

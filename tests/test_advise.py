@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import fake_artifact
 
-from hf_bucket.advise import _peak_bytes, advise
+from hf_bucket.advise import advise, memory_of
 from hf_bucket.assign import assign
 from hf_bucket.costs import Costs
+from hf_bucket.errors import LadderError
 from hf_bucket.joint import Limits
-from hf_bucket.ladder import cross, make_ladder
+from hf_bucket.ladder import Bucket, cross, make_ladder
+from hf_bucket.memory import ARENA
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -36,22 +39,12 @@ def test_rows_are_as_long_as_the_model_lets_them_be(tmp_path: Path) -> None:
     assert found.own == artifact.manifest.ladder
 
 
-def test_the_memory_of_a_graph_is_the_most_that_is_alive_at_once(tmp_path: Path) -> None:
-    """One input of 4 x 8 int64; ``wide`` is 4 x 8 x 16 float32, 2,048 bytes, and is alive twice, as it and its sum."""
-    onnx, helper = pytest.importorskip("onnx"), pytest.importorskip("onnx.helper")
-    nodes = [
-        helper.make_node("Gather", ["table", "ids"], ["wide"]),
-        helper.make_node("Add", ["wide", "wide"], ["sum"]),
-        helper.make_node("ReduceMean", ["sum"], ["logits"], axes=[1], keepdims=0),
-    ]
-    wide, floats = [4, 8, 16], onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "alive",
-        [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [4, 8])],
-        [helper.make_tensor_value_info("logits", floats, [4, 16])],
-        [helper.make_tensor("table", floats, [10, 16], [0.0] * 160)],
-        value_info=[helper.make_tensor_value_info(name, floats, wide) for name in ("wide", "sum")],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "g.onnx")
-    assert _peak_bytes(tmp_path / "g.onnx") == 2 * 2048
+def test_the_memory_of_a_bucket_is_the_manifests_and_of_others_follows_from_it(tmp_path: Path) -> None:
+    artifact = fake_artifact(tmp_path / "fake", make_ladder([8, 16, 32], batch_sizes=[1, 4]))
+    unknown = "nobody knows the memory of this model's buckets"
+    with pytest.raises(LadderError, match=unknown):
+        memory_of(artifact)
+    memory = {bucket.name: 1000 * bucket.cells for bucket in artifact.manifest.ladder}
+    told = memory_of(replace(artifact, manifest=replace(artifact.manifest, memory=memory)))
+    for bucket in (*artifact.manifest.ladder, Bucket(batch_size=2, extent=(24,))):
+        assert told(bucket) == pytest.approx(ARENA * 1000 * bucket.cells, rel=0.01)

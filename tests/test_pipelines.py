@@ -1,4 +1,4 @@
-"""Our pipeline against transformers' own: the same types, keys, order, and scores to 1e-5."""
+"""Our pipeline against transformers' own: the same types, keys, order, and scores to 1e-4."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def ours(tiny_bert: Path) -> TextClassificationPipeline:
 
 
 def assert_same(got: object, expected: object) -> None:
-    """Same types, keys, labels and order; scores to 1e-5."""
+    """Same types, keys, labels and order; scores to 1e-4."""
     if isinstance(expected, dict):
         assert type(got) is dict
         assert list(got) == list(expected)
         assert got["label"] == expected["label"]
         assert type(got["score"]) is float
-        assert got["score"] == pytest.approx(expected["score"], abs=1e-5)
+        assert got["score"] == pytest.approx(expected["score"], abs=1e-4)
     else:
         assert type(got) is type(expected) is list
         assert len(got) == len(expected)
