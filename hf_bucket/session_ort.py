@@ -28,11 +28,13 @@ from hf_bucket.fusions import OWN, Fusion, get_fusion
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
+from hf_bucket.session_bound import BoundSession
 from hf_bucket.session_openvino import open_openvino
 
 Mode = Literal["shared", "static", "auto"]
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 OPENVINO = "openvino"  # OpenVINO's own runtime; "OpenVINOExecutionProvider" is the same inside onnxruntime
 
 # Providers that come as a plugin: package that brings it.
@@ -109,6 +111,8 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
     if options.mode != "static":
         engine = open_shared(artifact, options)
         return {bucket: OrtSession(bucket, engine, names) for bucket in ladder}
+    if resolve_provider(options.provider) == CUDA:
+        return {bucket: open_cuda_graph(artifact, bucket, options) for bucket in ladder}
     sessions: dict[Bucket, Session] = {}
     for bucket in ladder:
         fusion = fusion_of(artifact, options, bucket)
@@ -179,6 +183,13 @@ def open_dynamic(
 def open_variant(artifact: Artifact, bucket: Bucket, options: EngineOptions) -> OrtSession:
     """Return a session on the graph specialised for one bucket."""
     return OrtSession(bucket, open_graph(artifact.variant(bucket), options), _output_names(artifact))
+
+
+def open_cuda_graph(artifact: Artifact, bucket: Bucket, options: EngineOptions) -> BoundSession:
+    """Return a session that replays one CUDA graph of one bucket."""
+    graphs = {"enable_cuda_graph": "1", **options.provider_options}
+    engine = open_graph(artifact.variant(bucket), replace(options, provider_options=graphs))
+    return BoundSession(bucket, engine, "cuda")
 
 
 def _output_names(artifact: Artifact) -> tuple[str, ...]:

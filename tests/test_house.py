@@ -21,7 +21,7 @@ ROOMS = (
     {"planner", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "stats", "workers", "memory"},
-    {"facts", "probes", "machine", "describe", "session_openvino"},
+    {"facts", "probes", "machine", "describe", "session_openvino", "session_bound"},
     {"session_ort", "costs"},
     {"preflight"},
     {"export", "runner", "systems", "quantize", "fuse"},
