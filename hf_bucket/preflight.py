@@ -193,7 +193,7 @@ def compare(shared: Sessions, static: Sessions, batches: Batches, *, budget_s: f
             if clock() + (sum(times[-1]) if times else 0.0) > end and any(runs.values()):
                 continue
             feed, pair = batches(bucket), {}
-            for way, sessions in [("shared", shared), ("static", static)][:: 1 if turn % 2 else -1]:
+            for way, sessions in [("shared", shared), ("static", static)][:: -1 if turn % 2 else 1]:
                 start = clock()
                 sessions[bucket].run(feed)
                 pair[way] = clock() - start

@@ -1,0 +1,284 @@
+"""``mode="auto"``: static where it fits and is clearly faster, measured once per machine; shared otherwise."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import fake_artifact, text_of
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import hf_bucket
+from hf_bucket import preflight
+from hf_bucket.artifact import Artifact
+from hf_bucket.batch import Array
+from hf_bucket.cli import main
+from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.describe import describe_choice
+from hf_bucket.ladder import Bucket, make_ladder
+from hf_bucket.preflight import Choice, choose, compare
+from hf_bucket.runner import Runner, RunOptions
+from hf_bucket.session import FakeSession
+from hf_bucket.session_ort import EngineOptions
+from hf_bucket.source import Source
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+AUTO = EngineOptions(mode="auto", workers=1, threads=1)
+LADDER = make_ladder([8, 16, 32, 64], batch_sizes=[1, 4])
+TEXTS = [text_of(length) for length in (1, 5, 13, 2)]
+
+
+class Bench:
+    """An engine on a clock of its own: a run in static mode takes ``ratio`` of what it does in shared mode."""
+
+    def __init__(self, ratio: float, first_s: float = 0.0) -> None:
+        self.now, self.ratio, self.first_s = 0.0, ratio, first_s
+        self.opened: list[tuple[str, int]] = []
+        self.closed = 0
+        self.order: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+        self.opened.append((options.mode, len(artifact.manifest.ladder)))
+        return self.sessions(artifact.manifest.ladder, options.mode)
+
+    def sessions(self, buckets: object, mode: str) -> dict[Bucket, FakeSession]:
+        bench = self
+
+        class Timed(FakeSession):
+            runs = 0
+
+            def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+                cost = self.bucket.cells * 0.001 * (bench.ratio if mode == "static" else 1)
+                bench.now += cost if self.runs else cost + bench.first_s
+                bench.order.append(mode)
+                self.runs += 1
+                return super().run(arrays) if arrays else {}
+
+            def close(self) -> None:
+                bench.closed += 1
+
+        return {bucket: Timed(bucket) for bucket in buckets}  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    made = fake_artifact(tmp_path / "fake", LADDER)
+    return replace(made, manifest=replace(made.manifest, memory={bucket.name: 1000 for bucket in LADDER}))
+
+
+def chosen(artifact: Artifact, bench: Bench, **options: object) -> Choice:
+    given: dict = {"budget_s": 100.0, "engine": bench, "clock": bench.clock, **options}
+    return choose(artifact, AUTO, **given)
+
+
+# choosing
+
+
+@settings(deadline=None)
+@given(
+    percents=st.lists(st.integers(50, 150), min_size=1, max_size=3),
+    needs=st.integers(1, 100),
+    there=st.none() | st.integers(1, 100),
+)
+def test_static_is_chosen_only_where_it_fits_and_saves_three_percent(
+    percents: list[int], needs: int, there: int | None
+) -> None:
+    assume(len(percents) == 1 or sum(percents) != 97 * len(percents))  # fractions of the margin itself are rounded
+    seconds = {f"b1_s{number}": (100.0, float(percent)) for number, percent in enumerate(percents)}
+    choice = Choice(seconds=seconds, static_bytes=needs, available=there)
+    fits = there is None or needs <= there
+    assert choice.mode == ("static" if fits and sum(percents) <= 97 * len(percents) else "shared")
+
+
+@pytest.mark.parametrize(("ratio", "mode"), [(0.5, "static"), (0.96, "static"), (0.98, "shared"), (1.5, "shared")])
+def test_the_faster_mode_is_chosen_from_a_few_buckets(artifact: Artifact, ratio: float, mode: str) -> None:
+    bench = Bench(ratio, first_s=5.0)
+    choice = chosen(artifact, bench)
+    assert choice.mode == mode
+    assert choice.ratio == pytest.approx(ratio)
+    assert sorted(choice.seconds) == ["b1_s8", "b4_s16", "b4_s64"], "the smallest, the largest, and one between"
+    assert bench.opened == [("shared", 3), ("static", 3)]
+    assert bench.closed == 6
+
+
+def test_both_ways_are_timed_in_turns() -> None:
+    bench = Bench(1.0)
+    few = LADDER.buckets[:1]
+    found = compare(
+        bench.sessions(few, "shared"), bench.sessions(few, "static"), lambda bucket: {}, budget_s=100, clock=bench.clock
+    )
+    assert found == {"b1_s8": pytest.approx((0.008, 0.008))}
+    pairs = [tuple(bench.order[place : place + 2]) for place in range(0, len(bench.order), 2)]
+    assert pairs == [("shared", "static"), ("static", "shared")] * 5
+
+
+@settings(deadline=None)
+@given(budget_s=st.floats(0, 3))
+def test_the_budget_is_kept_but_for_one_run_in_each_mode_of_what_is_not_known_yet(budget_s: float) -> None:
+    bench = Bench(0.8)
+    sessions = [bench.sessions(LADDER, mode) for mode in ("shared", "static")]
+    found = compare(*sessions, lambda bucket: {}, budget_s=budget_s, clock=bench.clock)
+    assert "b1_s8" in found
+    assert bench.now <= budget_s + 1.8 * 0.001 * max(bucket.cells for bucket in LADDER) + 1e-9
+
+
+def test_static_is_not_even_measured_where_it_does_not_fit(artifact: Artifact) -> None:
+    bench = Bench(0.5)
+    choice = chosen(artifact, bench, memory_bytes=1)
+    assert (choice.mode, choice.fits, bench.opened) == ("shared", False, [])
+
+
+def test_without_a_budget_nothing_is_measured_and_shared_is_taken(artifact: Artifact) -> None:
+    bench = Bench(0.5)
+    assert (chosen(artifact, bench, budget_s=0.0).mode, bench.opened) == ("shared", [])
+
+
+# keeping
+
+
+def test_a_machine_compares_a_ladder_once(artifact: Artifact) -> None:
+    assert chosen(artifact, Bench(0.5)).mode == "static"
+    again = Bench(2.0)
+    assert (chosen(artifact, again).mode, again.opened) == ("static", [])
+    assert chosen(artifact, again, budget_s=0.0).mode == "static"
+    assert chosen(artifact, again, memory_bytes=1).mode == "shared", "memory is looked at every time"
+    assert chosen(artifact, again, again=True).mode == "shared"
+    assert chosen(artifact, Bench(0.5)).mode == "shared"
+
+
+def test_another_ladder_is_compared_for_itself(artifact: Artifact) -> None:
+    chosen(artifact, Bench(0.5))
+    ladder = make_ladder([8, 16], batch_sizes=[1])
+    other, bench = replace(artifact, manifest=replace(artifact.manifest, ladder=ladder)), Bench(2.0)
+    assert chosen(other, bench).mode == "shared"
+    assert bench.opened
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"seconds": 3}',
+        '{"seconds": {"b1_s8": 1.0}}',
+        '{"seconds": {"b1_s8": {"shared": 1.0}}}',
+        '{"seconds": {"b1_s8": {"shared": 0.0, "static": 1.0}}}',
+        '{"seconds": {"b1_s8": {"shared": NaN, "static": 1.0}}}',
+        '{"seconds": {"b1_s8": {"shared": "1", "static": 1.0}}}',
+    ],
+)
+def test_figures_that_were_damaged_are_measured_again(artifact: Artifact, tmp_path: Path, text: str) -> None:
+    chosen(artifact, Bench(0.5))
+    (path,) = (tmp_path / "cache").rglob("*-modes-*.json")
+    path.write_text(text, encoding="utf-8")
+    bench = Bench(2.0)
+    assert chosen(artifact, bench).mode == "shared"
+    assert bench.opened
+
+
+# using
+
+
+@pytest.mark.parametrize(("ratio", "mode"), [(0.5, "static"), (2.0, "shared")])
+def test_a_runner_opens_the_mode_that_was_chosen(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, ratio: float, mode: str
+) -> None:
+    bench = Bench(ratio)
+    figures = {bucket.name: (1.0, ratio) for bucket in LADDER}
+    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: figures)
+    runner = Runner(artifact, RunOptions(engine=AUTO, measure_s=1e-9), engine=bench)
+    assert bench.opened[-1] == (mode, len(LADDER))
+    assert runner.options.engine.mode == "auto", "what was asked for, so that another machine chooses for itself"
+    assert len(runner(["w1"])) == 1
+
+
+def _answers(runner: Runner, queue: object) -> None:
+    queue.put(np.stack([row["logits"] for row in runner(TEXTS)]))  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def compiled(tiny_bert: Path) -> Artifact:
+    options = CompileOptions(buckets=[8, 16], batch_sizes=[1, 3])
+    return compile_model(Source(name=str(tiny_bert)), options, report=lambda line: None)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0], ids=["static", "shared"])
+def test_the_answer_is_the_same_also_after_pickling_and_in_a_forked_child(
+    compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float
+) -> None:
+    expected = np.stack([row["logits"] for row in hf_bucket.load(compiled.folder)(TEXTS)])
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: {"b1_s8": (1.0, ratio)})
+    runner = hf_bucket.load(compiled.folder, mode="auto")
+    for one in (runner, pickle.loads(pickle.dumps(runner))):
+        assert np.abs(np.stack([row["logits"] for row in one(TEXTS)]) - expected).max() < 1e-5
+    if hasattr(os, "fork"):
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        child = context.Process(target=_answers, args=(runner, queue))
+        child.start()
+        assert np.abs(queue.get() - expected).max() < 1e-5
+        child.join(60)
+        assert child.exitcode == 0
+
+
+def test_a_model_is_loaded_with_what_was_really_measured(
+    compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    hf_bucket.load(compiled.folder, mode="auto", measure_s=0.1)
+    (path,) = (tmp_path / "cache").rglob("*-modes-*.json")
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    assert figures["mode"] in ("shared", "static")
+    assert all(value > 0 for pair in figures["seconds"].values() for value in pair.values())
+    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: pytest.fail("measured twice"))
+    hf_bucket.load(compiled.folder, mode="auto")
+
+
+def test_tune_says_which_mode_and_why(
+    compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: {"b1_s8": (0.004, 0.003)})
+    assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1"]) == 0
+    out = capfd.readouterr().out
+    assert "mode static: static takes 0.750 of shared's time, and is chosen at 0.97 or less" in out
+    assert "Many batches are faster" in out
+    assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1", "--json"]) == 0
+    choice = json.loads(capfd.readouterr().out)["choice"]
+    assert (choice["mode"], choice["seconds"]) == ("static", {"b1_s8": {"shared": 0.004, "static": 0.003}})
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (
+            Choice(seconds={}, static_bytes=2_000_000, available=1_000_000),
+            "mode shared: static does not fit; static needs 2.0 MB of memory, there: 1.0 MB.",
+        ),
+        (
+            Choice(seconds={}, static_bytes=2_000_000, available=None),
+            "mode shared: nothing was measured; static needs 2.0 MB of memory, there: unknown.",
+        ),
+        (
+            Choice(seconds={"b1_s8": (1.0, 1.1)}, static_bytes=1, available=2),
+            "mode shared: static takes 1.100 of shared's time",
+        ),
+    ],
+    ids=["no room", "no time", "slower"],
+)
+def test_a_choice_says_why(choice: Choice, said: str) -> None:
+    assert said in describe_choice(choice)
