@@ -22,7 +22,7 @@ class Footprint:
     """What running a ladder takes in bytes, beside what Python and the libraries do.
 
     Attributes:
-        weights: of all buckets: they are there once.
+        weights: of all buckets: they are there once on the CPU provider.
         sessions: what the graphs of all sessions take.
         activations: what one batch computes in, by the name of its bucket; a bucket is missing where nobody knows.
         at_once: batches that run at once.
@@ -44,18 +44,21 @@ class Footprint:
         return self.weights + self.sessions + self.at_once * max(self.activations.values(), default=0)
 
 
-def footprint(manifest: Manifest, *, static: bool = False, at_once: int = 1, sets: int = 1) -> Footprint:
+def footprint(
+    manifest: Manifest, *, static: bool = False, at_once: int = 1, sets: int = 1, copies: int = 0
+) -> Footprint:
     """Return what running takes, as the manifest has it.
 
     Args:
         static: every bucket has a session of its own.
         at_once: batches that run at once.
         sets: how often the sessions are opened: those on one thread and those on every core are two.
+        copies: of the weights, beside those on disk, that an engine packs for itself.
     """
     graphs = [variant_name(bucket) for bucket in manifest.ladder] if static else [GRAPH]
     held = [manifest.files[name].size for name in graphs if name in manifest.files]
     return Footprint(
-        weights=manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0,
+        weights=(1 + copies) * (manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0),
         sessions=round(sets * SESSION * sum(held)),
         activations={
             bucket.name: round(ARENA * manifest.memory[bucket.name])

@@ -1,24 +1,37 @@
-"""Before sessions are opened: whether they fit the memory, and which mode is faster here where that is left open."""
+"""Before sessions are opened: whether they fit the memory, and the faster of providers and modes where that is open."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 from hf_bucket.artifact import Artifact
-from hf_bucket.costs import ROUNDS, Batches, Clock, Sessions
+from hf_bucket.batch import Array
+from hf_bucket.costs import SHORTEST_S, Batches, Clock, Sessions, compare
 from hf_bucket.encode import Encoder
-from hf_bucket.errors import InputError
+from hf_bucket.errors import BucketWarning, InputError
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import available_bytes, machine_folder, read_figures, write_figures
 from hf_bucket.memory import FASTER, Footprint, check_fits, footprint, sets_of
 from hf_bucket.probes import sample_batch
-from hf_bucket.session_ort import Engine, EngineOptions, Mode, open_sessions, resolve_provider
+from hf_bucket.session import Session
+from hf_bucket.session_ort import (
+    CPU,
+    OPENVINO,
+    Engine,
+    EngineOptions,
+    Mode,
+    auto_providers,
+    open_sessions,
+    resolve_provider,
+)
+from hf_bucket.workers import Workers
 
 _TRIED = 3  # buckets: the smallest, the largest and the one between
 _WAYS = ("shared", "static")
@@ -73,7 +86,8 @@ def takes(artifact: Artifact, options: EngineOptions) -> Footprint:
     many = options.for_many_batches()
     sets = 1 if many.threads == options.threads else sets_of(many.workers)
     static = options.mode == "static"
-    return footprint(artifact.manifest, static=static, at_once=many.workers, sets=sets)
+    copies = 0 if resolve_provider(options.provider) == CPU else sets * (len(artifact.manifest.ladder) if static else 1)
+    return footprint(artifact.manifest, static=static, at_once=many.workers, sets=sets, copies=copies)
 
 
 def settle(
@@ -85,7 +99,7 @@ def settle(
     memory_bytes: int | None,
     budget_s: float,
 ) -> EngineOptions:
-    """Return the options with a mode that is not ``"auto"``, once it is known that sessions made with them fit.
+    """Return the options with a provider and a mode that are not ``"auto"``, once it is known that sessions fit.
 
     Args:
         engine: makes the sessions that are compared.
@@ -99,10 +113,123 @@ def settle(
     available = available_bytes() if memory_bytes is None else memory_bytes
     shared = replace(options, mode="shared") if options.mode == "auto" else options
     check_fits(takes(artifact, shared), available)
+    provider = choose_provider(artifact, shared, budget_s=budget_s, engine=engine, batches=batches, available=available)
+    options = replace(options, provider=provider)
     if options.mode != "auto":
         return options
     choice = choose(artifact, options, budget_s=budget_s, engine=engine, batches=batches, memory_bytes=memory_bytes)
     return replace(options, mode=choice.mode)
+
+
+def after_fork(asked: EngineOptions, settled: EngineOptions) -> EngineOptions:
+    """Return what a forked child runs on: the CPU provider if ``"auto"`` chose OpenVINO: its threads stayed behind."""
+    if asked.provider != "auto" or settled.provider != OPENVINO:
+        return settled
+    warnings.warn(
+        "in this forked process the model runs on onnxruntime's CPU provider, since OpenVINO's threads do not survive "
+        'a fork; start processes with "spawn" to keep it',
+        BucketWarning,
+        stacklevel=4,
+    )
+    return replace(settled, provider=CPU)
+
+
+def choose_provider(
+    artifact: Artifact,
+    options: EngineOptions,
+    *,
+    budget_s: float,
+    engine: Engine = open_sessions,
+    batches: Batches | None = None,
+    available: int | None = None,
+    again: bool = False,
+    clock: Clock = time.perf_counter,
+) -> str:
+    """Return what ``provider="auto"`` means here: the CPU provider, unless another one is clearly faster and fits.
+
+    As many batches run at once as would in use: what engines take from each other counts. The figures stay in this
+    machine's cache. Runs too short to tell anything apart are the CPU provider's.
+
+    Args:
+        budget_s: seconds to spend, about; 0 measures nothing.
+        available: memory there is; None is plenty.
+        again: measure even though the cache has figures for this ladder.
+    """
+    if options.provider != "auto":
+        return options.provider
+    fitting = [
+        name
+        for name in auto_providers()
+        if available is None or takes(artifact, replace(options, provider=name)).total <= available
+    ]
+    path = _figures(artifact, options, f"providers-{options.mode}")
+    kept = {} if again else _ratios(path)
+    if not kept and budget_s and fitting:
+        made = batches or _texts(artifact)
+        kept = _compare_providers(artifact, options, fitting, engine, made, budget_s=budget_s, clock=clock)
+        write_figures(path, kept)
+    best = min((name for name in fitting if name in kept), key=kept.__getitem__, default=CPU)
+    return best if kept.get(best, 1.0) <= FASTER else CPU
+
+
+def _ratios(path: Path) -> dict[str, float]:
+    """Return the ratios kept in a file; those that cannot be are left out."""
+    figures = read_figures(path).items()
+    return {name: value for name, value in figures if isinstance(value, float) and 0 < value < math.inf}
+
+
+def _compare_providers(
+    artifact: Artifact,
+    options: EngineOptions,
+    names: Sequence[str],
+    engine: Engine,
+    batches: Batches,
+    *,
+    budget_s: float,
+    clock: Clock,
+) -> dict[str, float]:
+    """Return, per provider, the time of some buckets' runs over that of the CPU provider's, the mean over buckets."""
+    part, ratios = _few(artifact), {CPU: 1.0}
+    many = options.for_many_batches()
+    workers = Workers(many.workers)
+    own = _at_once(engine(part, replace(many, provider=CPU)), workers)
+    largest = max(own, key=lambda bucket: bucket.cells)
+    quick = compare({CPU: {largest: own[largest]}}, batches, budget_s=0.0, clock=clock)[CPU][largest] < SHORTEST_S
+    for name in [] if quick else names:
+        other = _at_once(engine(part, replace(many, provider=name)), workers)
+        found = compare({CPU: own, name: other}, batches, budget_s=budget_s / len(names), clock=clock)
+        ratios[name] = mean(found[name][bucket] / seconds for bucket, seconds in found[CPU].items())
+        _close(other)
+    _close(own)
+    workers.close()
+    return ratios
+
+
+@dataclass(frozen=True, slots=True)
+class _AtOnce:
+    """A session that runs as many copies of a batch at once as there are workers."""
+
+    session: Session
+    workers: Workers
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.session.bucket
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return self.workers.map(self.session.run, [arrays] * self.workers.n)[0]
+
+    def close(self) -> None:
+        self.session.close()
+
+
+def _at_once(sessions: Sessions, workers: Workers) -> dict[Bucket, _AtOnce]:
+    return {bucket: _AtOnce(session, workers) for bucket, session in sessions.items()}
+
+
+def _close(sessions: Mapping[Bucket, _AtOnce]) -> None:
+    for session in sessions.values():
+        session.close()
 
 
 def choose(
@@ -128,7 +255,7 @@ def choose(
     available = available_bytes() if memory_bytes is None else memory_bytes
     static = takes(artifact, replace(options, mode="static")).total
     choice = Choice(seconds={}, static_bytes=static, available=available)
-    path = _figures(artifact, options)
+    path = _figures(artifact, options, f"{resolve_provider(options.provider)}-modes")
     kept = {} if again else _read(path)
     if kept or not choice.fits:
         return replace(choice, seconds=kept)
@@ -145,10 +272,10 @@ def _texts(artifact: Artifact) -> Batches:
     return lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size)
 
 
-def _figures(artifact: Artifact, options: EngineOptions) -> Path:
+def _figures(artifact: Artifact, options: EngineOptions, what: str) -> Path:
     many = options.for_many_batches()
     ladder = hashlib.sha256(str(artifact.manifest.ladder).encode()).hexdigest()[:16]
-    name = f"{resolve_provider(options.provider)}-modes-{many.threads}x{many.workers}-{ladder}.json"
+    name = f"{what}-{many.threads}x{many.workers}-{ladder}.json"
     return machine_folder(artifact.graph_sha256()) / name
 
 
@@ -164,39 +291,22 @@ def _read(path: Path) -> Seconds:
     return found
 
 
+def _few(artifact: Artifact) -> Artifact:
+    """Return the artifact with a few of its buckets: the smallest, the largest and one between."""
+    by_size = sorted(artifact.manifest.ladder, key=lambda bucket: bucket.cells)
+    few = {by_size[round(step * (len(by_size) - 1) / (_TRIED - 1))] for step in range(_TRIED)}
+    return replace(artifact, manifest=replace(artifact.manifest, ladder=Ladder(tuple(few))))
+
+
 def _compare(
     artifact: Artifact, options: EngineOptions, engine: Engine, batches: Batches, *, budget_s: float, clock: Clock
 ) -> Seconds:
     """Open a few buckets in both modes, time them in turns, and close them again."""
-    by_size = sorted(artifact.manifest.ladder, key=lambda bucket: bucket.cells)
-    few = {by_size[round(step * (len(by_size) - 1) / (_TRIED - 1))] for step in range(_TRIED)}
-    part = replace(artifact, manifest=replace(artifact.manifest, ladder=Ladder(tuple(few))))
-    many = options.for_many_batches()
+    part, many = _few(artifact), options.for_many_batches()
     shared, static = (engine(part, replace(many, mode=mode)) for mode in ("shared", "static"))
     try:
-        return compare(shared, static, batches, budget_s=budget_s, clock=clock)
+        found = compare({"shared": shared, "static": static}, batches, budget_s=budget_s, clock=clock)
+        return {bucket.name: (seconds, found["static"][bucket]) for bucket, seconds in found["shared"].items()}
     finally:
         for session in [*shared.values(), *static.values()]:
             session.close()
-
-
-def compare(shared: Sessions, static: Sessions, batches: Batches, *, budget_s: float, clock: Clock) -> Seconds:
-    """Return the median seconds of a run in shared and in static mode, of every bucket that the budget allows for.
-
-    The two ways take turns at going first. Smaller buckets come first; one whose runs would go over the budget is left
-    out, but the smallest never. First runs prepare memory and count only where there are no others.
-    """
-    end = clock() + budget_s
-    runs: dict[Bucket, list[tuple[float, float]]] = {bucket: [] for bucket in sorted(shared, key=lambda one: one.cells)}
-    for turn in range(ROUNDS + 1):
-        for bucket, times in runs.items():
-            if clock() + (sum(times[-1]) if times else 0.0) > end and any(runs.values()):
-                continue
-            feed, pair = batches(bucket), {}
-            for way, sessions in [("shared", shared), ("static", static)][:: -1 if turn % 2 else 1]:
-                start = clock()
-                sessions[bucket].run(feed)
-                pair[way] = clock() - start
-            times.append((pair["shared"], pair["static"]))
-    counted = {bucket.name: times[1:] or times for bucket, times in runs.items() if times}
-    return {name: (median(one for one, _ in times), median(two for _, two in times)) for name, times in counted.items()}

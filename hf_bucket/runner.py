@@ -23,7 +23,7 @@ from hf_bucket.errors import ArtifactError, BucketWarning, InputError, TooLongEr
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import machine_folder
 from hf_bucket.overflow import Overflow, OverflowLike, Side, make_overflow
-from hf_bucket.preflight import check_memory_bytes, settle
+from hf_bucket.preflight import after_fork, check_memory_bytes, settle
 from hf_bucket.probes import sample_batch
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions, resolve_provider
@@ -32,7 +32,7 @@ from hf_bucket.tasks import Signature
 from hf_bucket.workers import Workers
 
 _ONE = Workers(1)
-MEASURE_S = 1.0  # what the doors spend on measuring, once per model and machine
+MEASURE_S = 2.0  # what the doors spend on measuring, once per model and machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,9 @@ class RunOptions:
         engine: how its sessions are made.
         overflow: what happens to an input longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once, smallest first, when the sessions are opened.
-        measure_s: seconds that may be spent on measuring what every bucket costs, where this machine has not done so
-            for this model yet; 0 takes the number of cells instead, and with ``mode="auto"`` compares nothing.
+        measure_s: seconds that may be spent on measuring, where this machine has not done so for this model yet: half
+            on which provider and mode are faster, where they are ``"auto"``, half on what every bucket costs. 0 takes
+            the CPU provider, ``"shared"`` and the number of cells.
         memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
     """
 
@@ -100,7 +101,7 @@ class Runner:
             engine=engine,
             batches=self._sample,
             memory_bytes=self.options.memory_bytes,
-            budget_s=self.options.measure_s,
+            budget_s=self.options.measure_s / 2,
         )
         self._many = self._one.for_many_batches()
         self._workers = Workers(self._many.workers)
@@ -110,7 +111,7 @@ class Runner:
         self._warn_of_neighbours()
         self._open()
         if cost is None and self.options.measure_s:
-            costs = self.measure(self.options.measure_s, again=False)
+            costs = self.measure(self.options.measure_s / 2, again=False)
             self._at_once, self._quick = costs.at_once, costs.quick
             self._cost = costs.of(self.ladder).__getitem__ if costs.tell else None
 
@@ -368,7 +369,9 @@ class Runner:
     def _leave_parent(self) -> None:
         """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""
         if self._pid != os.getpid():
-            self._lock, self._opened, self._exact, self._pid = threading.Lock(), {}, None, os.getpid()
+            self._lock, self._opened, self._exact = threading.Lock(), {}, None
+            self._one = self._one if not self._pid else after_fork(self.options.engine, self._one)
+            self._many, self._pid = self._one.for_many_batches(), os.getpid()
             self._workers = Workers(self._many.workers)
             self._counts.after_fork()
 

@@ -6,6 +6,7 @@ maps into memory: however many sessions there are, the weights are there once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -315,8 +316,18 @@ def installed_providers() -> list[str]:
     return [*onnxruntime.get_available_providers(), *plugins, *runtime]
 
 
+def auto_providers() -> list[str]:
+    """Return the providers that ``"auto"`` may choose instead of the CPU's: those installed that can run here."""
+    found = [OPENVINO] if OPENVINO in installed_providers() else []
+    for name, package in PLUGINS.items():
+        if importlib.util.find_spec(package):
+            with contextlib.suppress(ProviderError):  # it finds nothing to run on
+                found = [name] if _devices(name) else found
+    return found
+
+
 def resolve_provider(name: str) -> str:
-    """Return the name of an installed execution provider; ``"auto"`` is the CPU's.
+    """Return the name of an installed execution provider; ``"auto"``, until ``preflight`` has chosen, is the CPU's.
 
     Raises:
         ProviderError: not installed; the message lists those that are.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hf_bucket.artifact import Artifact
 from hf_bucket.assign import cells_cost
 from hf_bucket.batch import Array
-from hf_bucket.costs import Costs, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.costs import Costs, compare, faster_at_once, measure, read_costs, write_costs
 from hf_bucket.errors import InputError
 from hf_bucket.ladder import Bucket, Ladder, make_ladder
 from hf_bucket.runner import Runner, RunOptions
@@ -123,6 +123,47 @@ def test_a_single_request_runs_on_the_sessions_that_were_faster_for_it(
     assert asked == [taken]
     again.close()
     assert len(again(["w1 w2"])) == 1
+
+
+class Turns(Slow):
+    """A session that notes when it is asked."""
+
+    asked: list[str]
+    name: str
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        self.asked.append(self.name)
+        return super().run(arrays)
+
+
+def systems(time: Time, asked: list[str], ladder: Ladder = LADDER) -> dict[str, dict[Bucket, FakeSession]]:
+    made = {}
+    for name, cost in (("one", 0.001), ("two", 0.0008)):
+        kind = type("Kind", (Turns,), {"time": time, "asked": asked, "name": name, "per_cell_s": cost, "first_s": 2.0})
+        made[name] = {bucket: kind(bucket) for bucket in ladder}
+    return made
+
+
+def test_systems_are_compared_in_turns_and_first_runs_do_not_count() -> None:
+    time, asked = Time(), []
+    ladder = make_ladder([8], batch_sizes=[1])
+    found = compare(systems(time, asked, ladder), nothing, budget_s=1000, clock=time)
+    assert found == {"one": {SMALL: pytest.approx(0.008)}, "two": {SMALL: pytest.approx(0.0064)}}
+    pairs = [tuple(asked[place : place + 2]) for place in range(0, len(asked), 2)]
+    assert pairs == [("one", "two"), ("two", "one")] * 5
+
+
+@settings(deadline=None)
+@given(budget_s=st.floats(0, 40))
+def test_what_is_compared_is_compared_by_every_system_and_within_the_budget_but_for_the_smallest_and_one_more(
+    budget_s: float,
+) -> None:
+    time = Time()
+    found = compare(systems(time, []), nothing, budget_s=budget_s, clock=time)
+    assert found["one"].keys() == found["two"].keys()
+    assert SMALL in found["one"]
+    one_turn = 2 * 2.0 + 2 * 2 * 0.0018 * LARGE.cells
+    assert time.now <= budget_s + 2 * one_turn
 
 
 # predicting

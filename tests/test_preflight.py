@@ -23,11 +23,12 @@ from hf_bucket.batch import Array
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.describe import describe_choice
+from hf_bucket.errors import BucketWarning
 from hf_bucket.ladder import Bucket, make_ladder
-from hf_bucket.preflight import Choice, choose, compare
+from hf_bucket.preflight import Choice, after_fork, choose, choose_provider, settle
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session import FakeSession
-from hf_bucket.session_ort import EngineOptions
+from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -114,27 +115,6 @@ def test_the_faster_mode_is_chosen_from_a_few_buckets(artifact: Artifact, ratio:
     assert bench.closed == 6
 
 
-def test_both_ways_are_timed_in_turns() -> None:
-    bench = Bench(1.0)
-    few = LADDER.buckets[:1]
-    found = compare(
-        bench.sessions(few, "shared"), bench.sessions(few, "static"), lambda bucket: {}, budget_s=100, clock=bench.clock
-    )
-    assert found == {"b1_s8": pytest.approx((0.008, 0.008))}
-    pairs = [tuple(bench.order[place : place + 2]) for place in range(0, len(bench.order), 2)]
-    assert pairs == [("shared", "static"), ("static", "shared")] * 5
-
-
-@settings(deadline=None)
-@given(budget_s=st.floats(0, 3))
-def test_the_budget_is_kept_but_for_one_run_in_each_mode_of_what_is_not_known_yet(budget_s: float) -> None:
-    bench = Bench(0.8)
-    sessions = [bench.sessions(LADDER, mode) for mode in ("shared", "static")]
-    found = compare(*sessions, lambda bucket: {}, budget_s=budget_s, clock=bench.clock)
-    assert "b1_s8" in found
-    assert bench.now <= budget_s + 1.8 * 0.001 * max(bucket.cells for bucket in LADDER) + 1e-9
-
-
 def test_static_is_not_even_measured_where_it_does_not_fit(artifact: Artifact) -> None:
     bench = Bench(0.5)
     choice = chosen(artifact, bench, memory_bytes=1)
@@ -144,6 +124,73 @@ def test_static_is_not_even_measured_where_it_does_not_fit(artifact: Artifact) -
 def test_without_a_budget_nothing_is_measured_and_shared_is_taken(artifact: Artifact) -> None:
     bench = Bench(0.5)
     assert (chosen(artifact, bench, budget_s=0.0).mode, bench.opened) == ("shared", [])
+
+
+# providers
+
+
+class Rival(Bench):
+    """Engines by provider: a run of another one takes ``ratio`` of what it does on the CPU provider."""
+
+    def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+        self.opened.append((options.provider, len(artifact.manifest.ladder)))
+        return self.sessions(artifact.manifest.ladder, "shared" if options.provider == CPU else "static")
+
+
+def provided(artifact: Artifact, bench: Bench, **options: object) -> str:
+    given: dict = {"budget_s": 100.0, "engine": bench, "clock": bench.clock, **options}
+    return choose_provider(artifact, EngineOptions(workers=1, threads=1), **given)
+
+
+@pytest.mark.parametrize(("ratio", "provider"), [(0.5, OPENVINO), (0.96, OPENVINO), (0.98, CPU), (1.5, CPU)])
+def test_another_provider_is_taken_where_it_is_clearly_faster(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, ratio: float, provider: str
+) -> None:
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    bench = Rival(ratio, first_s=5.0)
+    assert provided(artifact, bench) == provider
+    assert bench.opened == [(CPU, 3), (OPENVINO, 3)]
+    assert bench.closed == 6
+    assert provided(artifact, Rival(1 / ratio)) == provider, "kept"
+    assert provided(artifact, Rival(0.5), again=True) == OPENVINO
+
+
+def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Rival(0.5)
+    assert choose_provider(artifact, replace(AUTO, provider=CPU), budget_s=9.0, engine=bench) == CPU
+    monkeypatch.setattr(preflight, "auto_providers", list)
+    assert provided(artifact, bench) == CPU
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    assert provided(artifact, bench, available=1) == CPU
+    assert provided(artifact, bench, budget_s=0.0) == CPU
+    assert bench.opened == []
+
+
+def test_runs_too_short_to_tell_providers_apart_stay_on_the_cpu_provider(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    monkeypatch.setattr(preflight, "SHORTEST_S", 1.0)
+    bench = Rival(0.5)
+    assert provided(artifact, bench) == CPU
+    assert bench.opened == [(CPU, 3)]
+
+
+def test_a_forked_child_of_a_model_that_auto_put_on_openvino_says_that_it_runs_elsewhere() -> None:
+    settled = EngineOptions(provider=OPENVINO)
+    with pytest.warns(BucketWarning, match="OpenVINO's threads do not survive a fork; start processes with"):
+        assert after_fork(EngineOptions(), settled).provider == CPU
+    assert after_fork(settled, settled) == settled, "it was asked for by name"
+    assert after_fork(EngineOptions(), EngineOptions(provider=CPU)).provider == CPU
+
+
+def test_what_is_settled_leaves_nothing_open(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "choose_provider", lambda *arguments, **options: OPENVINO)
+    bench = Bench(0.5)
+    found = settle(artifact, AUTO, engine=bench, batches=lambda bucket: {}, memory_bytes=None, budget_s=1e-9)
+    assert (found.provider, found.mode in ("shared", "static")) == (OPENVINO, True)
 
 
 # keeping
@@ -198,7 +245,7 @@ def test_a_runner_opens_the_mode_that_was_chosen(
 ) -> None:
     bench = Bench(ratio)
     figures = {bucket.name: (1.0, ratio) for bucket in LADDER}
-    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: figures)
+    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: figures)
     runner = Runner(artifact, RunOptions(engine=AUTO, measure_s=1e-9), engine=bench)
     assert bench.opened[-1] == (mode, len(LADDER))
     assert runner.options.engine.mode == "auto", "what was asked for, so that another machine chooses for itself"
@@ -221,7 +268,7 @@ def test_the_answer_is_the_same_also_after_pickling_and_in_a_forked_child(
 ) -> None:
     expected = np.stack([row["logits"] for row in hf_bucket.load(compiled.folder)(TEXTS)])
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: {"b1_s8": (1.0, ratio)})
+    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: {"b1_s8": (1.0, ratio)})
     runner = hf_bucket.load(compiled.folder, mode="auto")
     for one in (runner, pickle.loads(pickle.dumps(runner))):
         assert np.abs(np.stack([row["logits"] for row in one(TEXTS)]) - expected).max() < 1e-5
@@ -244,7 +291,7 @@ def test_a_model_is_loaded_with_what_was_really_measured(
     figures = json.loads(path.read_text(encoding="utf-8"))
     assert figures["mode"] in ("shared", "static")
     assert all(value > 0 for pair in figures["seconds"].values() for value in pair.values())
-    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: pytest.fail("measured twice"))
+    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: pytest.fail("measured twice"))
     hf_bucket.load(compiled.folder, mode="auto")
 
 
@@ -252,7 +299,7 @@ def test_tune_says_which_mode_and_why(
     compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preflight, "compare", lambda *arguments, **options: {"b1_s8": (0.004, 0.003)})
+    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: {"b1_s8": (0.004, 0.003)})
     assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1"]) == 0
     out = capfd.readouterr().out
     assert "mode static: static takes 0.750 of shared's time, and is chosen at 0.97 or less" in out
