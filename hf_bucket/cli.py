@@ -259,24 +259,30 @@ def _watch(rows: Iterable[T], what: str, total: int) -> Iterable[T]:
 
 def _tune(options: argparse.Namespace) -> int:
     from hf_bucket.artifact import open_artifact
-    from hf_bucket.describe import describe_choice, describe_costs
-    from hf_bucket.preflight import choose
+    from hf_bucket.describe import describe_choice, describe_costs, describe_providers
+    from hf_bucket.machine import available_bytes
+    from hf_bucket.preflight import choose, choose_provider, provider_ratios
     from hf_bucket.runner import Runner, RunOptions
     from hf_bucket.session_ort import EngineOptions
 
     artifact, choice = open_artifact(options.artifact), None
-    engine = EngineOptions(mode=options.mode, provider=options.provider)
+    asked = EngineOptions(mode="shared" if options.mode == "auto" else options.mode, provider=options.provider)
+    part = options.seconds / (1 + (options.mode == "auto") + (options.provider == "auto"))
+    provider = choose_provider(artifact, asked, budget_s=part, available=available_bytes(), again=True)
+    ratios = provider_ratios(artifact, asked)
+    engine = replace(asked, provider=provider)
     if options.mode == "auto":
-        options.seconds /= 2  # half for the modes, half for the buckets
-        choice = choose(artifact, engine, budget_s=options.seconds, again=True)
+        choice = choose(artifact, replace(engine, mode="auto"), budget_s=part, again=True)
         engine = replace(engine, mode=choice.mode)
     runner = Runner(artifact, RunOptions(engine=engine))
-    costs = runner.measure(options.seconds)
+    costs = runner.measure(part)
     if options.json:
-        chosen = {} if choice is None else {"choice": choice.to_json()}
-        print(json.dumps({**costs.to_json(), **chosen}, indent=2))
+        chosen: dict[str, object] = {} if choice is None else {"choice": choice.to_json()}
+        figures = {**costs.to_json(), **chosen, "provider": provider, "providers": ratios}
+        print(json.dumps(figures, indent=2))
     else:
-        print(*([] if choice is None else [describe_choice(choice)]), describe_costs(costs, runner.ladder), sep="\n\n")
+        modes = [] if choice is None else [describe_choice(choice)]
+        print(describe_providers(provider, ratios), *modes, describe_costs(costs, runner.ladder), sep="\n\n")
     runner.close()
     return 0
 

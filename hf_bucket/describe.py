@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from statistics import median
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from hf_bucket.artifact import WEIGHTS, Artifact
 from hf_bucket.ladder import Ladder
-from hf_bucket.manifest import Certificate, Manifest, Quantization, Validation
+from hf_bucket.manifest import Certificate, FusionChoice, Manifest, Quantization, Validation
 from hf_bucket.memory import FASTER, Footprint, footprint, sets_of
 
 if TYPE_CHECKING:
@@ -37,12 +37,22 @@ def describe_artifact(artifact: Artifact, *, at_once: int) -> str:
     ]
     if manifest.padding_leak is not None:
         lines.append(f"LEAKS     padding moves this model's logits by up to {manifest.padding_leak:.2g}, in torch too")
+    if manifest.fusion is not None:
+        lines.append(describe_fusion(manifest.fusion))
     if manifest.quantization is not None:
         lines += describe_quantization(manifest.quantization)
     tables = [describe_memory(manifest, at_once=at_once), describe_checks(manifest.validation)]
     if manifest.certificates:
         tables.append(describe_certificates(manifest.certificates))
     return "\n\n".join(["\n".join(lines), *tables])
+
+
+def describe_fusion(choice: FusionChoice) -> str:
+    """Return what is made of the graph before it runs, and the time that each way takes on the whole."""
+    ways = dict.fromkeys(name for ratios in choice.relative.values() for name in ratios)
+    means = {name: mean(ratios[name] for ratios in choice.relative.values()) for name in ways}
+    told = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+    return f"fusions   {choice.chosen} on {choice.provider}; time relative to onnxruntime's own: {told}"
 
 
 def describe_quantization(made: Quantization) -> list[str]:
@@ -152,6 +162,13 @@ def describe_costs(costs: Costs, ladder: Ladder) -> str:
     lone = f"A request of one row runs on every core, but for {len(costs.quick)} of {len(costs.alone)} buckets."
     single = f" {lone}" if costs.alone else ""
     return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{single}{used}"
+
+
+def describe_providers(provider: str, ratios: Mapping[str, float]) -> str:
+    """Return which provider runs the model here, and what others take."""
+    others = [f"{name} takes {ratio:.3f} of the CPU provider's time" for name, ratio in ratios.items() if ratio != 1.0]
+    why = "; ".join(others) or "no other was measured"
+    return f"provider {provider}: {why}; another than the CPU provider is chosen at {FASTER} or less."
 
 
 def describe_choice(choice: Choice) -> str:

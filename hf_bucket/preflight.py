@@ -172,6 +172,11 @@ def choose_provider(
     return best if kept.get(best, 1.0) <= FASTER else CPU
 
 
+def provider_ratios(artifact: Artifact, options: EngineOptions) -> dict[str, float]:
+    """Return the time that providers take, over the CPU provider's, as ``choose_provider`` measured it; none if not."""
+    return _ratios(_figures(artifact, replace(options, provider="auto"), f"providers-{options.mode}"))
+
+
 def _ratios(path: Path) -> dict[str, float]:
     """Return the ratios kept in a file; those that cannot be are left out."""
     figures = read_figures(path).items()
