@@ -289,7 +289,7 @@ def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
     }
     memory = {name: peak for name, peak in peaks.items() if peak is not None}
     draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder), memory=memory))
-    check_fits(footprint(draft.manifest), available_bytes())
+    check_fits(footprint(draft.manifest, mode="static"), available_bytes())
     final = replace(draft.manifest, validation=check_buckets(draft), certificates=())
     (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+from hf_bucket import memory
 from hf_bucket.artifact import Artifact
 from hf_bucket.costs import ROUNDS, Batches, Clock, Sessions
 from hf_bucket.encode import Encoder
@@ -72,8 +73,8 @@ def takes(artifact: Artifact, options: EngineOptions) -> Footprint:
     """Return what running an artifact with these options takes."""
     many = options.for_many_batches()
     sets = 1 if many.threads == options.threads else sets_of(many.workers)
-    static = options.mode == "static"
-    return footprint(artifact.manifest, static=static, at_once=many.workers, sets=sets)
+    mode: memory.Mode = "static" if options.mode == "static" else "shared"
+    return footprint(artifact.manifest, mode=mode, at_once=many.workers, sets=sets)
 
 
 def settle(

@@ -214,7 +214,7 @@ WRONG = {
     ),
     "choice-that-is-a-number": (
         "model: x\nmode: 1",
-        r"x\.yaml:2: mode must be one of shared, static, got the number '1'",
+        r"x\.yaml:2: mode must be one of shared, static, auto, got the number '1'",
     ),
     "text-for-section": (
         "model: x\nevaluate: mrpc",
