@@ -457,7 +457,7 @@ def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
         for bucket in manifest.ladder
     }
     manifest = replace(manifest, memory={name: peak for name, peak in peaks.items() if peak is not None})
-    check_fits(footprint(replace(manifest, files=record_files(folder))), available_bytes())
+    check_fits(footprint(replace(manifest, files=record_files(folder)), mode="static"), available_bytes())
     if manifest.fusion is None:
         manifest = replace(manifest, fusion=_fusion(folder, manifest, report))
     draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))

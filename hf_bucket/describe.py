@@ -78,14 +78,19 @@ def describe_quantization(made: Quantization) -> list[str]:
 
 
 def describe_memory(manifest: Manifest, *, at_once: int) -> str:
-    """Return a table of what one batch of every bucket takes, and what running takes in all."""
-    shared, static = (footprint(manifest, static=way, at_once=at_once, sets=sets_of(at_once)) for way in (False, True))
-    rows: list[tuple[str, ...]] = [("bucket", "tensors at once", "memory of a batch")]
+    """Return a table of what one batch of every bucket takes in both modes, and what running takes in all."""
+    shared, static = _footprints(manifest, at_once)
+    rows: list[tuple[str, ...]] = [("bucket", "tensors at once", "a batch, shared", "a batch, static")]
     for bucket in manifest.ladder:
-        peak, taken = manifest.memory.get(bucket.name), shared.activations.get(bucket.name)
-        rows.append((bucket.name, *("unknown" if size is None else f"{size / 1e6:.2f} MB" for size in (peak, taken))))
-    totals = [_total("shared", shared), _total("static", static)]
-    return "\n".join([*_aligned(rows), *totals])
+        sizes = [table.get(bucket.name) for table in (manifest.memory, shared.activations, static.activations)]
+        rows.append((bucket.name, *("unknown" if size is None else f"{size / 1e6:.2f} MB" for size in sizes)))
+    return "\n".join([*_aligned(rows), _total("shared", shared), _total("static", static)])
+
+
+def _footprints(manifest: Manifest, at_once: int) -> tuple[Footprint, Footprint]:
+    sets = sets_of(at_once)
+    shared = footprint(manifest, mode="shared", at_once=at_once, sets=sets)
+    return shared, footprint(manifest, mode="static", at_once=at_once, sets=sets)
 
 
 def _total(mode: str, one: Footprint) -> str:
@@ -98,12 +103,11 @@ def _total(mode: str, one: Footprint) -> str:
 
 def memory_figures(manifest: Manifest, *, at_once: int) -> dict[str, object]:
     """Return what ``describe_memory`` shows, in bytes."""
-    found: dict[str, object] = {"at_once": at_once}
-    for mode in ("shared", "static"):
-        one = footprint(manifest, static=mode == "static", at_once=at_once, sets=sets_of(at_once))
-        found |= {"weights": one.weights, "activations": dict(one.activations)}
-        found[mode] = {"sessions": one.sessions, "total": one.total}
-    return found
+    found = {
+        mode: {"sessions": one.sessions, "activations": dict(one.activations), "total": one.total}
+        for mode, one in zip(("shared", "static"), _footprints(manifest, at_once), strict=True)
+    }
+    return {"at_once": at_once, "weights": _footprints(manifest, at_once)[0].weights, **found}
 
 
 def describe_checks(checks: Sequence[Validation]) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, variant_name
 from hf_bucket.errors import LadderError
 from hf_bucket.manifest import Manifest
 
+Mode = Literal["shared", "static"]
+
 FASTER = 0.97  # static takes more memory: mode="auto" wants it to save this much of the time
 
 # What onnxruntime takes for every byte that it computes in, and for every byte of a graph that a session holds, as
 # measured: see docs/memory.md.
-ARENA = 1.6
+ARENA: Mapping[Mode, float] = {"shared": 3.2, "static": 1.7}
 SESSION = 30.0
 
 
@@ -45,23 +48,23 @@ class Footprint:
 
 
 def footprint(
-    manifest: Manifest, *, static: bool = False, at_once: int = 1, sets: int = 1, copies: int = 0
+    manifest: Manifest, *, mode: Mode = "shared", at_once: int = 1, sets: int = 1, copies: int = 0
 ) -> Footprint:
     """Return what running takes, as the manifest has it.
 
     Args:
-        static: every bucket has a session of its own.
+        mode: in ``"static"`` every bucket has a session of its own.
         at_once: batches that run at once.
         sets: how often the sessions are opened: those on one thread and those on every core are two.
         copies: of the weights, beside those on disk, that an engine packs for itself.
     """
-    graphs = [variant_name(bucket) for bucket in manifest.ladder] if static else [GRAPH]
+    graphs = [variant_name(bucket) for bucket in manifest.ladder] if mode == "static" else [GRAPH]
     held = [manifest.files[name].size for name in graphs if name in manifest.files]
     return Footprint(
         weights=(1 + copies) * (manifest.files[WEIGHTS].size if WEIGHTS in manifest.files else 0),
         sessions=round(sets * SESSION * sum(held)),
         activations={
-            bucket.name: round(ARENA * manifest.memory[bucket.name])
+            bucket.name: round(ARENA[mode] * manifest.memory[bucket.name])
             for bucket in manifest.ladder
             if bucket.name in manifest.memory
         },

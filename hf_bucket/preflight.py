@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from hf_bucket import memory
 from hf_bucket.artifact import Artifact
 from hf_bucket.batch import Array
 from hf_bucket.costs import SHORTEST_S, Batches, Clock, Sessions, compare
@@ -85,9 +86,10 @@ def takes(artifact: Artifact, options: EngineOptions) -> Footprint:
     """Return what running an artifact with these options takes."""
     many = options.for_many_batches()
     sets = 1 if many.threads == options.threads else sets_of(many.workers)
-    static = options.mode == "static"
-    copies = 0 if resolve_provider(options.provider) == CPU else sets * (len(artifact.manifest.ladder) if static else 1)
-    return footprint(artifact.manifest, static=static, at_once=many.workers, sets=sets, copies=copies)
+    mode: memory.Mode = "static" if options.mode == "static" else "shared"
+    each = len(artifact.manifest.ladder) if mode == "static" else 1
+    copies = 0 if resolve_provider(options.provider) == CPU else sets * each
+    return footprint(artifact.manifest, mode=mode, at_once=many.workers, sets=sets, copies=copies)
 
 
 def settle(

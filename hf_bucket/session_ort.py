@@ -239,9 +239,8 @@ def _settings(options: EngineOptions, fusion: Fusion) -> Any:
     settings.intra_op_num_threads = options.threads or usable_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    # Both plan where tensors lie before a run, and keep more than they save: see docs/memory.md.
-    settings.enable_mem_pattern = False
-    settings.enable_mem_reuse = False
+    # Both plan where tensors lie and double what runs compute in: worth it in shared mode only, see docs/memory.md.
+    settings.enable_mem_pattern = settings.enable_mem_reuse = options.mode != "static"
     settings.add_session_config_entry("session.use_env_allocators", "1")
     # threads that wait for the next run by spinning would take the cores from other sessions
     settings.add_session_config_entry("session.force_spinning_stop", "1")

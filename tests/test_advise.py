@@ -47,4 +47,4 @@ def test_the_memory_of_a_bucket_is_the_manifests_and_of_others_follows_from_it(t
     memory = {bucket.name: 1000 * bucket.cells for bucket in artifact.manifest.ladder}
     told = memory_of(replace(artifact, manifest=replace(artifact.manifest, memory=memory)))
     for bucket in (*artifact.manifest.ladder, Bucket(batch_size=2, extent=(24,))):
-        assert told(bucket) == pytest.approx(ARENA * 1000 * bucket.cells, rel=0.01)
+        assert told(bucket) == pytest.approx(ARENA["shared"] * 1000 * bucket.cells, rel=0.01)

@@ -23,7 +23,7 @@ from hf_bucket.errors import InputError, LadderError
 from hf_bucket.ladder import make_ladder
 from hf_bucket.machine import available_bytes
 from hf_bucket.manifest import FileRecord, Manifest
-from hf_bucket.memory import ARENA, SESSION, Footprint, check_fits, footprint
+from hf_bucket.memory import ARENA, SESSION, Footprint, Mode, check_fits, footprint
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions
 from hf_bucket.source import Source
@@ -70,13 +70,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @settings(deadline=None)
-@given(at_once=st.integers(1, 64), sets=st.integers(1, 2), static=st.booleans())
+@given(at_once=st.integers(1, 64), sets=st.integers(1, 2), mode=st.sampled_from(["shared", "static"]))
 def test_weights_count_once_activations_per_batch_at_once_and_graphs_per_session(
-    manifest: Manifest, at_once: int, sets: int, static: bool
+    manifest: Manifest, at_once: int, sets: int, mode: Mode
 ) -> None:
-    found = footprint(manifest, static=static, at_once=at_once, sets=sets)
-    graphs = sets * SESSION * (3000 if static else 5000)
-    assert found.total == pytest.approx(100 * MB + graphs + at_once * ARENA * 10 * MB)
+    found = footprint(manifest, mode=mode, at_once=at_once, sets=sets)
+    graphs = sets * SESSION * (3000 if mode == "static" else 5000)
+    assert found.total == pytest.approx(100 * MB + graphs + at_once * ARENA[mode] * 10 * MB)
     assert found.largest == "b4_s16"
 
 
@@ -163,17 +163,18 @@ def test_inspect_shows_memory_per_bucket_and_in_all(artifact: Artifact, capfd) -
     assert main(["inspect", str(artifact.folder)]) == 0
     out = capfd.readouterr().out
     peak = artifact.manifest.memory["b3_s64"]
-    assert re.search(rf"b3_s64 +{peak / 1e6:.2f} MB +{ARENA * peak / 1e6:.2f} MB", out)
+    assert re.search(rf"b3_s64 +{peak / 1e6:.2f} MB +{ARENA['shared'] * peak / 1e6:.2f} MB", out)
     assert re.search(r"shared: [\d.]+ MB = weights .* for a batch of b3_s64", out)
     assert main(["inspect", str(artifact.folder), "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     running, sizes = data["running"], artifact.manifest.files
     assert data["memory"] == dict(artifact.manifest.memory)
     assert running["weights"] == sizes[WEIGHTS].size
-    for mode in ("shared", "static"):
-        expected = (
-            running["weights"] + running[mode]["sessions"] + running["at_once"] * running["activations"]["b3_s64"]
-        )
+    modes: tuple[Mode, ...] = ("shared", "static")
+    for mode in modes:
+        batch = running[mode]["activations"]["b3_s64"]
+        assert batch == round(ARENA[mode] * peak)
+        expected = running["weights"] + running[mode]["sessions"] + running["at_once"] * batch
         assert running[mode]["total"] == expected
     variants = sum(sizes[variant_name(bucket)].size for bucket in artifact.manifest.ladder)
     assert running["static"]["sessions"] / running["shared"]["sessions"] == pytest.approx(variants / sizes[GRAPH].size)
