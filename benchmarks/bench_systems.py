@@ -43,11 +43,13 @@ class System:
 REFERENCE = System(name="torch, one at a time", engine="torch", options={"batch_size": 1, "sort": False})
 
 # hf_bucket's own variants: keywords of hf_bucket.pipeline. The first is the one that all others are compared with.
-_AUTO = {"buckets": "auto", "n_buckets": 16}
+_AUTO = {"buckets": "auto", "n_buckets": 32}
 BUCKETED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         OURS: _AUTO,
-        "hf_bucket mode=static": {**_AUTO, "mode": "static"},
+        "hf_bucket provider=CPUExecutionProvider": {**_AUTO, "provider": "CPUExecutionProvider"},
+        "hf_bucket mode=static": {"buckets": "auto", "n_buckets": 16, "mode": "static"},
+        "hf_bucket int8": {**_AUTO, "quantize": "int8"},
     }
 )
 

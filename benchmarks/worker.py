@@ -499,7 +499,7 @@ def products(multiply: Callable[[], Any], *, size: int, repeats: int) -> float:
 
 
 def measure_peak(*, size: int, repeats: int, threads: int) -> dict[str, float]:
-    """Return the best GFLOP/s of numpy's and of torch's float32 matrix product, one thread per core."""
+    """Return the best GFLOP/s of numpy's, torch's and onnxruntime's float32 matrix product, one thread per core."""
     import numpy as np
     import torch
 
@@ -509,7 +509,28 @@ def measure_peak(*, size: int, repeats: int, threads: int) -> dict[str, float]:
     return {
         "numpy": products(lambda: left @ right, size=size, repeats=repeats),
         "torch": products(lambda: left_tensor @ right_tensor, size=size, repeats=repeats),
+        "onnxruntime": products(onnxruntime_product(left, right, threads), size=size, repeats=repeats),
     }
+
+
+def onnxruntime_product(left: Any, right: Any, threads: int) -> Callable[[], Any]:
+    """Return a call that multiplies by fixed weights, as models do."""
+    import onnx
+    import onnxruntime
+
+    make, floats = onnx.helper, onnx.TensorProto.FLOAT
+    graph = make.make_graph(
+        [make.make_node("MatMul", ["left", "right"], ["product"])],
+        "product",
+        [make.make_tensor_value_info("left", floats, left.shape)],
+        [make.make_tensor_value_info("product", floats, None)],
+        [onnx.numpy_helper.from_array(right, "right")],
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"left": left})
 
 
 def write_random_model(like: Path, folder: Path) -> dict[str, Any]:

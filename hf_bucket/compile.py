@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, record_files, variant_name
+from hf_bucket.batch import Features
 from hf_bucket.cache import any_ladder, in_cache, model_key
 from hf_bucket.costs import Clock, Costs, compare, read_costs
 from hf_bucket.data import read_column, read_dataset_column
@@ -408,25 +409,34 @@ def _calibration_texts(options: CompileOptions, encoder: Encoder, ladder: Ladder
     if any(isinstance(item, (int, np.integer)) for item in options.calibration):
         raise DataError(f"quantize={options.quantize!r} needs texts, calibration_dataset has token counts; give texts")
     texts = check_texts(options.calibration)
+    features = encoder(texts, truncation=Truncation(max_length=ladder.max_length))
     if options.buckets in (None, "auto"):
-        texts = [*texts, *_joined(texts, encoder, ladder, report)]
-    return calibration(encoder(texts, truncation=Truncation(max_length=ladder.max_length)), ladder)
+        features = _filled(features, texts, encoder, ladder, report)
+    return calibration(features, ladder)
 
 
-def _joined(texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> list[Text]:
-    """Return texts for the longest length of a planned ladder, which is the model's maximum, if there are too few."""
-    shorter = max((length for length in ladder.lengths if length < ladder.max_length), default=0)
-    lengths = encoder.lengths(texts)
-    if sum(length > shorter for length in lengths) >= NEEDED:
-        return []
-    each = -(-(ladder.max_length + shorter) // 2 // max(1, min(lengths)))  # texts that reach the middle in any case
+def _filled(features: Features, texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> Features:
+    """Return the rows with joined texts for lengths that a plan has and too few texts, such as the model's maximum."""
+    holders = [ladder.choose(length).length for length in features.lengths]
+    few = [length for length in ladder.lengths if holders.count(length) < NEEDED]
+    if few:
+        report(f"too few calibration texts for length {', '.join(map(str, few))}: joined ones stand in for them")
+    for length in few:
+        cut = Truncation(max_length=length)
+        more = encoder(_joined(texts, -(-length // max(1, min(features.lengths) - encoder.min_length))), truncation=cut)
+        columns = {name: [*column, *more.columns[name]] for name, column in features.columns.items()}
+        features = replace(features, lengths=(*features.lengths, *more.lengths), columns=columns)
+    return features
+
+
+def _joined(texts: Sequence[Text], n: int) -> list[Text]:
+    """Return some texts, each of ``n`` of the given ones."""
     pairs = [(text, "") if isinstance(text, str) else text for text in texts]
     found: list[Text] = []
     for number in range(2 * NEEDED):
-        parts = [pairs[(number * 7 + place) % len(pairs)] for place in range(each)]
+        parts = [pairs[(number * 7 + place) % len(pairs)] for place in range(n)]
         first, second = (" ".join(part[side] for part in parts) for side in (0, 1))
         found.append((first, second) if second.strip() else first)
-    report(f"too few calibration texts of {shorter + 1} to {ladder.max_length} tokens: joined ones stand in for them")
     return found
 
 
