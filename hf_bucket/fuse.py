@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -147,15 +146,5 @@ def _by_onnxruntime(model: ir.Model, graph: Path) -> ir.Model:
     with tempfile.TemporaryDirectory(prefix="hf_bucket-") as name:  # it refuses weights that have a hard link
         for file in (GRAPH, WEIGHTS):
             shutil.copyfile(graph.parent / file, Path(name) / file)
-        found = optimizer.optimize_model(str(Path(name) / GRAPH), _model_type(graph.parent), opt_level=0)
+        found = optimizer.optimize_model(str(Path(name) / GRAPH), opt_level=0)  # as BERT, its default
         return onnx_ir.serde.deserialize_model(found.model)
-
-
-def _model_type(folder: Path) -> str:
-    """Return which of the tool's models this is; those that it does not know are treated as BERT, its default."""
-    from onnxruntime.transformers.optimizer import MODEL_TYPES
-
-    path = folder / "config.json"
-    config: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    name = str(config.get("model_type", "bert"))
-    return name if name in MODEL_TYPES else "bert"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_bucket.batch import Features
 from hf_bucket.compile import CompileOptions, compile_model, say
 from hf_bucket.encode import Text, Truncation, check_text
 from hf_bucket.errors import InputError, InputTypeError, ModelError, ProviderError
@@ -86,7 +90,7 @@ class TextClassificationPipeline:
         runner: runs the model.
         defaults: options of calls that do not say otherwise.
         overflow: what happens to a text longer than the largest bucket.
-        window: texts of a stream that are read ahead, so that they can be sorted into buckets.
+        window: texts of a stream that are read ahead: half of them run while the other half is tokenised.
     """
 
     task = "text-classification"
@@ -161,26 +165,48 @@ class TextClassificationPipeline:
         self.runner.close()
 
     def _stream(self, items: Iterable[object], options: CallOptions) -> Iterator[Any]:
-        """Yield results in order, at most ``window`` read ahead; an error comes after the results before it."""
+        """Yield results in order; the next texts are tokenised while those before them run.
+
+        At most ``window`` texts are read ahead, unless they are all there; an error comes after the results before it.
+        """
         iterator, row = iter(items), 0
-        while True:
-            texts: list[Text] = []
-            try:
-                for item in islice(iterator, self._window):
-                    texts.append(check_text(item, row + len(texts)))
-            except Exception:
-                yield from self._classify(texts, options, row)
-                raise
-            if not texts:
-                return
-            yield from self._classify(texts, options, row)
-            row += len(texts)
+        size = self._window if isinstance(items, list) else max(1, self._window // 2)
+        ready: Callable[[], Features] | None = None
+        with contextlib.ExitStack() as stack:
+            tokens: ThreadPoolExecutor | None = None
+            while True:
+                texts: list[Text] = []
+                try:
+                    for item in islice(iterator, size):
+                        texts.append(check_text(item, row + len(texts)))
+                except Exception:
+                    if ready is not None:
+                        yield from self._run(ready(), options)
+                    yield from self._run(self._encode(texts, options, row), options)
+                    raise
+                following: Callable[[], Features] | None = None
+                if ready is None:
+                    following = partial(self._encode, texts, options, row)
+                elif texts:
+                    tokens = tokens or stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="hf_bucket-tokens"))
+                    following = tokens.submit(self._encode, texts, options, row).result
+                if ready is not None:
+                    yield from self._run(ready(), options)
+                if not texts:
+                    return
+                row += len(texts)
+                ready = following
 
     def _classify(self, texts: Sequence[Text], options: CallOptions, first_row: int) -> list[Any]:
+        return self._run(self._encode(texts, options, first_row), options)
+
+    def _encode(self, texts: Sequence[Text], options: CallOptions, first_row: int) -> Features:
         truncation = self._truncation(options)
         refuse = options.truncation in (False, "do_not_truncate")
         overflow = make_overflow("error") if refuse else self._overflow
-        features = self.runner.encode(texts, truncation=truncation, overflow=overflow, first_row=first_row)
+        return self.runner.encode(texts, truncation=truncation, overflow=overflow, first_row=first_row)
+
+    def _run(self, features: Features, options: CallOptions) -> list[Any]:
         function = FUNCTIONS[self._function(options)]
         return [self._label(function(row["logits"].astype(np.float32)), options) for row in self.runner.run(features)]
 
@@ -289,7 +315,7 @@ def pipeline(
         tokenizer: a fast tokenizer to use instead of the one that came with the model.
         overflow: ``"truncate"`` (the default, counted in ``stats()`` and warned about once), ``"error"``, ``"window"``
             or ``"dynamic"``, with options as ``overflow.Overflow`` has them: ``"truncate:head+tail"``.
-        window: texts of a stream that are read ahead, so that they can be sorted into buckets.
+        window: texts of a stream that are read ahead: half of them run while the other half is tokenised.
         device: None, -1 or ``"cpu"``; other places are a matter of ``provider``.
         batch_size, num_workers: accepted for the sake of code written for transformers; the ladder decides instead.
         top_k, function_to_apply, truncation, max_length: defaults for every call; see ``CallOptions``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,9 +147,45 @@ def test_a_stream_is_read_at_most_one_window_ahead(fake) -> None:
         answer = next(results)
         count = next(entry["score"] for entry in answer if entry["label"] == "count")
         assert count == number % 20 + 2
-        assert len(read) <= min(35, number // 10 * 10 + 10)
+        assert len(read) <= min(35, number + 10)
     with pytest.raises(StopIteration):
         next(results)
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["stream", "list"])
+def test_the_next_texts_are_tokenised_while_those_before_them_run(
+    fake, monkeypatch: pytest.MonkeyPatch, as_list: bool
+) -> None:
+    encode, run = fake.runner.encode, fake.runner.run
+    begun = [threading.Event() for _ in range(5)]
+
+    def encoding(texts: list[str], **options: object) -> object:
+        begun[options["first_row"] // 10 if as_list else options["first_row"] // 5].set()  # type: ignore[operator]
+        return encode(texts, **options)
+
+    runs = iter(range(4))
+
+    def running(features: object) -> object:
+        number = next(runs)
+        assert number == 3 or begun[number + 1].wait(60), "the next texts wait until these have run"
+        return run(features)
+
+    monkeypatch.setattr(fake.runner, "encode", encoding)
+    monkeypatch.setattr(fake.runner, "run", running)
+    texts = [text_of(number % 20) for number in range(40 if as_list else 20)]
+    answers = fake(texts if as_list else iter(texts))
+    counts = [entry["score"] for answer in answers for entry in answer if entry["label"] == "count"]
+    assert counts == [number % 20 + 2 for number in range(len(texts))]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_bucket-tokens")]
+
+
+def test_a_stream_that_is_left_leaves_no_thread(fake) -> None:
+    results = fake(iter([text_of(1)] * 40))
+    next(results)
+    next(results)
+    del results
+    gc.collect()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_bucket-tokens")]
 
 
 def test_a_stream_that_fails_yields_what_came_before(fake) -> None:
