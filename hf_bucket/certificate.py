@@ -87,17 +87,16 @@ class TextFile:
         """
         if self.label_column is None:
             return []
-        known: dict[object, int] = {name: index for index, name in enumerate(names)}
-        known.update({index: index for index in range(len(names))})
+        known = {str(index): index for index in range(len(names))} | {name: index for index, name in enumerate(names)}
         found = []
         for record in islice(read_records(self.path, kind=self.kind), self.limit):
             label = record.fields.get(self.label_column)
-            if label not in known:
+            if str(label) not in known or isinstance(label, bool):
                 raise DataError(
                     f"{self.path}, line {record.line}: {self.label_column} is {label!r}, expected one of "
                     f"{', '.join(names)}, or its index"
                 )
-            found.append(known[label])
+            found.append(known[str(label)])
         return found
 
     def __iter__(self) -> Iterator[tuple[int, Text]]:

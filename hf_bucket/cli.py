@@ -142,6 +142,8 @@ def _compile(options: argparse.Namespace) -> int:
         options.usage_error("compile needs a MODEL or a --recipe")
     output = options.output
     if options.recipe is not None:
+        if options.quantize is not None:
+            options.usage_error("--quantize goes with a MODEL, not with a --recipe")
         recipe = read_recipe(options.recipe)
         source, compiling = from_recipe(recipe)
         output = output or recipe.output
@@ -278,7 +280,8 @@ def _tune(options: argparse.Namespace) -> int:
     costs = runner.measure(part)
     if options.json:
         chosen: dict[str, object] = {} if choice is None else {"choice": choice.to_json()}
-        figures = {**costs.to_json(), **chosen, "provider": provider, "providers": ratios}
+        figures = {**costs.to_json(), **chosen, "provider": provider}
+        figures["providers"] = {name: asdict(one) for name, one in ratios.items()}
         print(json.dumps(figures, indent=2))
     else:
         modes = [] if choice is None else [describe_choice(choice)]

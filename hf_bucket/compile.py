@@ -24,6 +24,7 @@ from hf_bucket.errors import DataError, LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.fuse import choose_fusion
+from hf_bucket.fusions import FUSIONS
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
 from hf_bucket.histogram import Histogram
 from hf_bucket.ladder import Bucket, Ladder
@@ -36,7 +37,15 @@ from hf_bucket.quantize import NEEDED, SCHEMES, Calibration, Scheme, calibration
 from hf_bucket.recipe import Recipe
 from hf_bucket.runner import Runner, RunOptions, costs_path
 from hf_bucket.session import Session
-from hf_bucket.session_ort import EngineOptions, OrtSession, fusion_of, open_graph, open_variant
+from hf_bucket.session_ort import (
+    EngineOptions,
+    Mode,
+    OrtSession,
+    fusion_of,
+    open_graph,
+    open_variant,
+    resolve_provider,
+)
 from hf_bucket.source import Files, Hub, Source, locate
 from hf_bucket.tasks import Signature, Task, get_task
 
@@ -159,16 +168,17 @@ def compile_model(
         wanted = replace(wanted, calibration=list(wanted.calibration))  # read once, used twice
     files = locate(source, export=wanted.export, manifest=MANIFEST, hub=hub)
     if files.kind == "artifact":
-        return _quantized(_with_ladder(open_artifact(files.folder), wanted, report), wanted, report)
+        given = _with_ladder(open_artifact(files.folder), wanted, report)
+        return _quantized(given, wanted, report, planned=wanted.buckets == "auto")
     row = get_task(task)
     checkpoint = files.kind == "checkpoint"
     job = _checkpoint_job(files, source, row, wanted) if checkpoint else _graph_job(files, source, row)
     if wanted.batch_sizes == "auto" and wanted.calibration is not None:
         known = replace(wanted, calibration=_calibration_lengths(wanted.calibration, job.encoder))
         plain = _plain_ladder(job.encoder, job.facts.max_length)
-        return _quantized(_with_ladder(_cached(job, plain, report), known, report), wanted, report)
+        return _quantized(_with_ladder(_cached(job, plain, report), known, report), wanted, report, planned=True)
     ladder = _ladder(wanted, job.encoder, job.facts.max_length, report)
-    return _quantized(_cached(job, ladder, report), wanted, report)
+    return _quantized(_cached(job, ladder, report), wanted, report, planned=wanted.buckets in (None, "auto"))
 
 
 def plain_ladder(artifact: Artifact) -> Ladder:
@@ -183,6 +193,9 @@ def measured_costs(artifact: Artifact, engine: EngineOptions, budget_s: float, r
     Args:
         budget_s: seconds to spend on measuring, about.
     """
+    # what "auto" means for a ladder is found out when that is loaded
+    mode: Mode = "shared" if engine.mode == "auto" else engine.mode
+    engine = replace(engine, mode=mode, provider=resolve_provider(engine.provider))
     plain, kept = plain_ladder(artifact), read_costs(costs_path(artifact, engine))
     if plain.buckets[0] in kept.seconds:  # the first to be measured
         return kept
@@ -334,8 +347,16 @@ def with_buckets(artifact: Artifact, ladder: Ladder, report: Report = say) -> Ar
     manifest = artifact.manifest
     if ladder == manifest.ladder:
         return artifact
-    key = hashlib.sha256(f"{manifest.files[GRAPH].sha256}{manifest.files.get(PROBES)}".encode()).hexdigest()
-    return in_cache(key, ladder, lambda folder: _extend(artifact, ladder, folder, report))
+    return in_cache(_model_of(artifact), ladder, lambda folder: _extend(artifact, ladder, folder, report))
+
+
+def _model_of(artifact: Artifact, *options: str) -> str:
+    """Return a cache key of the model in an artifact, whatever its ladder: all that another ladder of it takes over."""
+    manifest = artifact.manifest
+    variants = {variant_name(bucket) for bucket in manifest.ladder}
+    files = sorted((name, record.sha256) for name, record in manifest.files.items() if name not in variants)
+    told = (manifest.labels, manifest.problem_type, sorted(manifest.source.items()), manifest.quantization)
+    return hashlib.sha256(repr([SCHEMA_VERSION, files, told, *options]).encode()).hexdigest()
 
 
 def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
@@ -374,8 +395,12 @@ def _extend(artifact: Artifact, ladder: Ladder, folder: Path, report: Report) ->
     _finish(folder, replace(artifact.manifest, ladder=ladder), report)
 
 
-def _quantized(artifact: Artifact, options: CompileOptions, report: Report) -> Artifact:
-    """Return the artifact in int8, if that is asked for; what was made of the same texts before is in the cache."""
+def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, planned: bool) -> Artifact:
+    """Return the artifact in int8, if that is asked for; what was made of the same texts before is in the cache.
+
+    Args:
+        planned: as in ``_calibration_texts``.
+    """
     scheme, manifest = options.quantize, artifact.manifest
     if scheme is None:
         return artifact
@@ -384,35 +409,43 @@ def _quantized(artifact: Artifact, options: CompileOptions, report: Report) -> A
             f"{artifact.folder} is {manifest.quantization.scheme} already; give the checkpoint, or leave out quantize"
         )
     encoder = Encoder(artifact.tokenizer_json(), inputs=manifest.signature.input_names)
-    texts = _calibration_texts(options, encoder, manifest.ladder, report)
+    texts = _calibration_texts(options, encoder, manifest.ladder, report, planned=planned)
     used = "" if texts is None else repr((texts.chosen, texts.held_out, texts.features.columns["input_ids"]))
-    parts = [manifest.files[GRAPH].sha256, manifest.files[WEIGHTS].sha256, scheme, used, str(_versions())]
-    key = hashlib.sha256(repr([SCHEMA_VERSION, *parts]).encode()).hexdigest()
 
     def fill(folder: Path) -> None:
         report(f"quantising to {scheme}" + ("" if texts is None else f" with {len(texts.chosen)} texts"))
-        kept = manifest.files.keys() - {GRAPH, WEIGHTS, *map(variant_name, manifest.ladder)}
+        graphs = {GRAPH, WEIGHTS, *map(variant_name, manifest.ladder), *(fusion.rewritten for fusion in FUSIONS)}
+        kept = manifest.files.keys() - graphs
         link_files([artifact.path(name) for name in kept], folder)
         with quiet(options.verbose):
             made = quantize(artifact, scheme, texts, folder)
         made = replace(made, speed=_speed(artifact, folder, encoder))
         source = {**manifest.source, "dtype": scheme}
-        _finish(folder, replace(manifest, source=source, quantization=made), report)
+        _finish(folder, replace(manifest, source=source, quantization=made, fusion=None), report)
 
-    return in_cache(key, manifest.ladder, fill)
+    return in_cache(_model_of(artifact, scheme, used, str(_versions())), manifest.ladder, fill)
 
 
-def _calibration_texts(options: CompileOptions, encoder: Encoder, ladder: Ladder, report: Report) -> Calibration | None:
-    """Return the texts that int8 is calibrated on and judged by; None where there are none."""
+def _calibration_texts(
+    options: CompileOptions, encoder: Encoder, ladder: Ladder, report: Report, *, planned: bool
+) -> Calibration | None:
+    """Return the texts that int8 is calibrated on and judged by; None where there are none.
+
+    Args:
+        planned: nobody chose the lengths of the ladder: joined texts may stand in for those that have too few.
+    """
     if options.calibration is None:
         return None
+    dynamic = options.quantize == "int8-dynamic"  # takes nothing from texts, and is judged by those there are
     if any(isinstance(item, (int, np.integer)) for item in options.calibration):
+        if dynamic:
+            return None
         raise DataError(f"quantize={options.quantize!r} needs texts, calibration_dataset has token counts; give texts")
     texts = check_texts(options.calibration)
     features = encoder(texts, truncation=Truncation(max_length=ladder.max_length))
-    if options.buckets in (None, "auto"):
+    if planned and not dynamic:
         features = _filled(features, texts, encoder, ladder, report)
-    return calibration(features, ladder)
+    return calibration(features, ladder, needed=0 if dynamic else NEEDED)
 
 
 def _filled(features: Features, texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> Features:
@@ -478,12 +511,19 @@ def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
 def _fusion(folder: Path, manifest: Manifest, report: Report) -> FusionChoice | None:
     """Return what to make of the graph in a folder that has a tokenizer, by measurement."""
     encoder = Encoder((folder / "tokenizer.json").read_text(encoding="utf-8"), inputs=manifest.signature.input_names)
+    reference, probes = load_probes(folder / PROBES)
+
+    def check(session: Session) -> None:
+        signature, atol = manifest.signature, ATOL["float32"]
+        validate(session.bucket, session, probes, signature, reference=reference, atol=atol)
+
+    exact = manifest.source["dtype"] == "float32" and manifest.padding_leak is None
     with quiet(False):
         return choose_fusion(
             folder,
             manifest.ladder,
             lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size),
-            rewrite=manifest.source["dtype"] == "float32",
+            check=check if exact else None,
             report=report,
         )
 

@@ -26,6 +26,7 @@ Sessions = Mapping[Bucket, Session]
 Clock = Callable[[], float]
 
 ROUNDS = 9  # runs of one bucket at most: a median of more tells nothing new
+TURNS = 60  # ... where systems are compared, whose differences are smaller than those of buckets
 SHORTEST_S = 0.001  # what Python does around a run costs as much, and the clock's noise is larger than differences
 _NAME = re.compile(r"b([0-9]{1,7})_s([0-9]{1,7})")
 
@@ -175,7 +176,7 @@ def compare(
             break
         arrays, until = batches(bucket), clock() + share
         times: dict[str, list[float]] = {name: [] for name in systems}
-        for number in range(ROUNDS + 1):
+        for number in range(TURNS + 1):
             for name, sessions in list(systems.items())[:: -1 if number % 2 else 1]:
                 start = clock()
                 sessions[bucket].run(arrays)

@@ -13,7 +13,7 @@ from hf_bucket.memory import FASTER, Footprint, footprint, sets_of
 
 if TYPE_CHECKING:
     from hf_bucket.costs import Costs
-    from hf_bucket.preflight import Choice
+    from hf_bucket.preflight import Choice, Ratios
 
 
 def describe_artifact(artifact: Artifact, *, at_once: int) -> str:
@@ -168,11 +168,13 @@ def describe_costs(costs: Costs, ladder: Ladder) -> str:
     return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{single}{used}"
 
 
-def describe_providers(provider: str, ratios: Mapping[str, float]) -> str:
+def describe_providers(provider: str, ratios: Mapping[str, Ratios]) -> str:
     """Return which provider runs the model here, and what others take."""
-    others = [f"{name} takes {ratio:.3f} of the CPU provider's time" for name, ratio in ratios.items() if ratio != 1.0]
-    why = "; ".join(others) or "no other was measured"
-    return f"provider {provider}: {why}; another than the CPU provider is chosen at {FASTER} or less."
+    others = [
+        f"{name} takes {one.many:.3f} of the CPU provider's time for many batches at once, {one.one:.3f} for one row"
+        for name, one in ratios.items()
+    ]
+    return f"provider {provider}: {'; '.join(others) or 'no other was measured'}."
 
 
 def describe_choice(choice: Choice) -> str:

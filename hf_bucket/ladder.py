@@ -132,6 +132,10 @@ class Ladder:
         """Return, of every length, the bucket with the smallest batch: what a request of one row runs in."""
         return tuple(self.of_length(length)[0] for length in self.lengths)
 
+    def largest_batches(self) -> tuple[Bucket, ...]:
+        """Return, of every length, the bucket with the largest batch: what many rows run in."""
+        return tuple(self.of_length(length)[-1] for length in self.lengths)
+
     def of_length(self, length: int) -> tuple[Bucket, ...]:
         """Return the buckets of exactly ``length`` tokens, smallest batch first; empty when there is none."""
         return tuple(b for b in self.buckets if b.length == length)

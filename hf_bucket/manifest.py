@@ -370,8 +370,8 @@ def _read_validation(entry: _Reader) -> Validation:
 def _read_memory(data: _Reader) -> dict[str, int]:
     memory = data.table("memory", int)
     for name, value in memory.items():
-        if value < 0:
-            raise ArtifactError(f"{MANIFEST} has {value} at memory.{name}, expected at least 0; do not trust it")
+        if not 0 <= value < 2**63:
+            raise ArtifactError(f"{MANIFEST} has {value} at memory.{name}, expected at least 0, and 63 bits; do not trust it")
     return memory
 
 
@@ -398,6 +398,8 @@ def _read_quantization(data: _Reader) -> Quantization | None:
     if data.optional("quantization", dict) is None:
         return None
     entry = data.inside("quantization")
+    if not entry.listed("tries", dict) or entry.take("float_weights_bytes", int) < 1:
+        raise ArtifactError(f"{MANIFEST} has a quantization without tries, or made of nothing; do not trust it")
     return Quantization(
         scheme=entry.take("scheme", str),
         calibrated=entry.take("calibrated", int),
@@ -424,6 +426,9 @@ def _read_fusion(data: _Reader) -> FusionChoice | None:
         return None
     entry = data.inside("fusion")
     relative = entry.inside("relative")
+    ways = {tuple(sorted(relative.table(bucket, float))) for bucket in relative.data}
+    if len(ways) > 1 or () in ways:
+        raise ArtifactError(f"{MANIFEST} has a fusion whose buckets were not timed alike; do not trust it")
     return FusionChoice(
         provider=entry.take("provider", str),
         chosen=entry.take("chosen", str),

@@ -55,7 +55,7 @@ def _chosen_place(node: ir.Node) -> int | None:
         index = _constant(node.inputs[1])
         if axis in (1, -2) and index is not None and index.size == 1 and int(index.item()) in (_FIRST, _LAST):
             return int(index.item())
-    if node.op_type == "Slice" and len(node.inputs) > 3:
+    if node.op_type == "Slice" and len(node.inputs) > 3 and None not in node.inputs:
         bounds = [_constant(value) for value in node.inputs[1:] if value is not None]
         if all(bound is not None and bound.size == 1 for bound in bounds):
             start, end, axis, *step = (int(bound.item()) for bound in bounds if bound is not None)
@@ -125,7 +125,7 @@ def _narrowed_inputs(node: ir.Node, axis: int) -> dict[int, int] | None:
         if None in known:
             return None
         return {slot: axis for slot, found in enumerate(ranks) if found is not None and _holds(node.inputs[slot], axis)}
-    if node.op_type == "MatMul" and axis >= 2 and None not in ranks:
+    if node.op_type == "MatMul" and axis >= 2 and all(found is not None and found >= 2 for found in ranks):
         return {slot: axis for slot in ([0] if axis == 2 else [0, 1]) if _holds(node.inputs[slot], axis)}
     if node.op_type == "LayerNormalization":
         normalised = node.attributes.get_int("axis", -1) % rank

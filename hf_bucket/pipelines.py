@@ -364,8 +364,10 @@ def pipeline(
         artifact = compile_model(source, compiling, task=row.name)
         runner = Runner(artifact, options, tokenizer_json=_tokenizer_json(tokenizer))
     elif isinstance(getattr(model, "runner", model), Runner):
-        if buckets is not None or calibration_dataset is not None:
-            raise ModelError("buckets cannot be chosen for a model that is loaded already; pass its name or folder")
+        if buckets is not None or calibration_dataset is not None or quantize is not None:
+            raise ModelError(
+                "buckets and quantize cannot be chosen for a model that is loaded already; pass its name or folder"
+            )
         runner = getattr(model, "runner", model)
         if tokenizer is not None:
             runner = Runner(runner.artifact, runner.options, tokenizer_json=_tokenizer_json(tokenizer))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 from hf_bucket import memory
 from hf_bucket.artifact import Artifact
 from hf_bucket.batch import Array
-from hf_bucket.costs import SHORTEST_S, Batches, Clock, Sessions, compare
+from hf_bucket.costs import Batches, Clock, compare
 from hf_bucket.encode import Encoder
-from hf_bucket.errors import BucketWarning, InputError
+from hf_bucket.errors import ArtifactError, BucketWarning, InputError, ProviderError
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import available_bytes, machine_folder, read_figures, write_figures
 from hf_bucket.memory import FASTER, Footprint, check_fits, footprint, sets_of
@@ -147,10 +148,11 @@ def choose_provider(
     again: bool = False,
     clock: Clock = time.perf_counter,
 ) -> str:
-    """Return what ``provider="auto"`` means here: the CPU provider, unless another one is clearly faster and fits.
+    """Return what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
 
-    As many batches run at once as would in use: what engines take from each other counts. The figures stay in this
-    machine's cache. Runs too short to tell anything apart are the CPU provider's.
+    Faster is one that is clearly so for as many batches at once as would run in use, since what engines take from each
+    other counts, and no slower for a request of one row. The figures stay in this machine's cache. Runs too short to
+    tell anything apart are the CPU provider's.
 
     Args:
         budget_s: seconds to spend, about; 0 measures nothing.
@@ -166,23 +168,52 @@ def choose_provider(
     ]
     path = _figures(artifact, options, f"providers-{options.mode}")
     kept = {} if again else _ratios(path)
-    if not kept and budget_s and fitting:
+    missing = [name for name in fitting if name not in kept]
+    if missing and budget_s and (again or read_figures(path).get("short") is not True):
         made = batches or _texts(artifact)
-        kept = _compare_providers(artifact, options, fitting, engine, made, budget_s=budget_s, clock=clock)
-        write_figures(path, kept)
-    best = min((name for name in fitting if name in kept), key=kept.__getitem__, default=CPU)
-    return best if kept.get(best, 1.0) <= FASTER else CPU
+        found = _compare_providers(artifact, options, missing, engine, made, budget_s=budget_s, clock=clock)
+        kept |= found or {}
+        figures = {name: asdict(ratios) for name, ratios in kept.items()}
+        write_figures(path, {"short": True} if found is None else figures)
+    faster = [name for name in fitting if name in kept and kept[name].faster]
+    return min(faster, key=lambda name: kept[name].many, default=CPU)
 
 
-def provider_ratios(artifact: Artifact, options: EngineOptions) -> dict[str, float]:
-    """Return the time that providers take, over the CPU provider's, as ``choose_provider`` measured it; none if not."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratios:
+    """The time that a provider takes over the CPU provider's, the mean over some buckets.
+
+    Attributes:
+        many: as many batches at once as in use.
+        one: one batch with every core to itself, as a request of one row has it.
+    """
+
+    many: float
+    one: float
+
+    @property
+    def faster(self) -> bool:
+        """Whether the provider is to be preferred."""
+        return self.many <= FASTER and self.one <= _NO_SLOWER
+
+
+_NO_SLOWER = 1.02  # more than that is no noise
+_WORTH_S = 0.005  # a run of fewer seconds is not worth another engine's memory, threads and start
+
+
+def provider_ratios(artifact: Artifact, options: EngineOptions) -> dict[str, Ratios]:
+    """Return what ``choose_provider`` measured of every provider but the CPU's; empty where it did not."""
     return _ratios(_figures(artifact, replace(options, provider="auto"), f"providers-{options.mode}"))
 
 
-def _ratios(path: Path) -> dict[str, float]:
+def _ratios(path: Path) -> dict[str, Ratios]:
     """Return the ratios kept in a file; those that cannot be are left out."""
-    figures = read_figures(path).items()
-    return {name: value for name, value in figures if isinstance(value, float) and 0 < value < math.inf}
+    found = {}
+    for name, figures in read_figures(path).items():
+        many, one = (figures.get(use) if isinstance(figures, dict) else None for use in ("many", "one"))
+        if isinstance(many, float) and isinstance(one, float) and 0 < min(many, one) < math.inf:
+            found[name] = Ratios(many=many, one=one)
+    return found
 
 
 def _compare_providers(
@@ -194,22 +225,54 @@ def _compare_providers(
     *,
     budget_s: float,
     clock: Clock,
-) -> dict[str, float]:
-    """Return, per provider, the time of some buckets' runs over that of the CPU provider's, the mean over buckets."""
-    part, ratios = _few(artifact), {CPU: 1.0}
-    many = options.for_many_batches()
-    workers = Workers(many.workers)
-    own = _at_once(engine(part, replace(many, provider=CPU)), workers)
-    largest = max(own, key=lambda bucket: bucket.cells)
-    quick = compare({CPU: {largest: own[largest]}}, batches, budget_s=0.0, clock=clock)[CPU][largest] < SHORTEST_S
-    for name in [] if quick else names:
-        other = _at_once(engine(part, replace(many, provider=name)), workers)
-        found = compare({CPU: own, name: other}, batches, budget_s=budget_s / len(names), clock=clock)
-        ratios[name] = mean(found[name][bucket] / seconds for bucket, seconds in found[CPU].items())
-        _close(other)
-    _close(own)
-    workers.close()
-    return ratios
+) -> dict[str, Ratios] | None:
+    """Return the ratios of every provider that can run the model; None where the runs are too short to be worth it."""
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(contextlib.closing(Workers(options.for_many_batches().workers)))
+        ways = _Ways(_usual(artifact), replace(options, provider=CPU), engine, workers)
+        own = stack.enter_context(contextlib.closing(ways))
+        largest = max(own.many, key=lambda bucket: bucket.cells)
+        if compare({CPU: {largest: own.many[largest]}}, batches, budget_s=0.0, clock=clock)[CPU][largest] < _WORTH_S:
+            return None
+        ratios = {}
+        for name in names:
+            try:
+                other = _Ways(_usual(artifact), replace(options, provider=name), engine, workers)
+            except (ArtifactError, ProviderError) as error:
+                warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=6)
+                continue
+            stack.enter_context(contextlib.closing(other))
+            found = [
+                compare({CPU: mine, name: theirs}, batches, budget_s=budget_s / (2 * len(names)), clock=clock)
+                for mine, theirs in ((own.many, other.many), (own.one, other.one))
+            ]
+            many, one = (mean(way[name][bucket] / value for bucket, value in way[CPU].items()) for way in found)
+            ratios[name] = Ratios(many=many, one=one)
+        return ratios
+
+
+def _usual(artifact: Artifact) -> Artifact:
+    """Return the artifact with buckets that rows of usual lengths take: of a planned ladder the middle half."""
+    lengths = artifact.manifest.ladder.lengths
+    chosen = {lengths[min(len(lengths) - 1, len(lengths) * quarter // 4)] for quarter in (1, 2, 3)}
+    buckets = tuple(bucket for bucket in artifact.manifest.ladder if bucket.length in chosen)
+    return replace(artifact, manifest=replace(artifact.manifest, ladder=Ladder(buckets)))
+
+
+class _Ways:
+    """Sessions of a provider as many batches at once use them, and as a request of one row does."""
+
+    def __init__(self, artifact: Artifact, options: EngineOptions, engine: Engine, workers: Workers) -> None:
+        ladder = artifact.manifest.ladder
+        many = engine(artifact, options.for_many_batches())
+        alone = many if workers.n == 1 else engine(artifact, options)
+        self._made = {id(one): one for one in (*many.values(), *alone.values())}
+        self.many = {bucket: _AtOnce(many[bucket], workers) for bucket in ladder.largest_batches()}
+        self.one = {bucket: alone[bucket] for bucket in ladder.smallest_batches()}
+
+    def close(self) -> None:
+        for session in self._made.values():
+            session.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,15 +291,6 @@ class _AtOnce:
 
     def close(self) -> None:
         self.session.close()
-
-
-def _at_once(sessions: Sessions, workers: Workers) -> dict[Bucket, _AtOnce]:
-    return {bucket: _AtOnce(session, workers) for bucket, session in sessions.items()}
-
-
-def _close(sessions: Mapping[Bucket, _AtOnce]) -> None:
-    for session in sessions.values():
-        session.close()
 
 
 def choose(

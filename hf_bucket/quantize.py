@@ -54,11 +54,11 @@ class Calibration:
     held_out: tuple[int, ...]
 
 
-def calibration(features: Features, ladder: Ladder) -> Calibration:
+def calibration(features: Features, ladder: Ladder, *, needed: int = NEEDED) -> Calibration:
     """Deal the rows of a request: of every length of the ladder some to calibrate on, others to judge by.
 
     Raises:
-        DataError: a length of the ladder has fewer than ``NEEDED`` texts; the message names it.
+        DataError: a length of the ladder has fewer than ``needed`` texts; the message names it.
     """
     classes: dict[int, list[int]] = {length: [] for length in ladder.lengths}
     for row, length in enumerate(features.lengths):
@@ -66,9 +66,9 @@ def calibration(features: Features, ladder: Ladder) -> Calibration:
             classes[ladder.choose(length).length].append(row)
     shortest = 1
     for length, rows in classes.items():
-        if len(rows) < NEEDED:
+        if len(rows) < needed:
             raise DataError(
-                f"calibration has {len(rows)} texts of {shortest} to {length} tokens, int8 needs at least {NEEDED} "
+                f"calibration has {len(rows)} texts of {shortest} to {length} tokens, int8 needs at least {needed} "
                 f"for every length of the ladder; add such texts, or drop length {length}"
             )
         shortest = length + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -87,7 +88,7 @@ class Runner:
         self.artifact = artifact
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
-        self._cost, self._at_once = cost, True
+        self._cost, self._given_cost, self._at_once = cost, cost, True
         self._quick: frozenset[Bucket] = frozenset()  # buckets whose run is no faster on every core than on one thread
         self._overflow = make_overflow(self.options.overflow)
         self._engine, self._dynamic = engine, dynamic
@@ -105,7 +106,7 @@ class Runner:
         )
         self._many = self._one.for_many_batches()
         self._workers = Workers(self._many.workers)
-        self._opened: dict[int, Mapping[Bucket, Session]] = {}  # by the threads that one run may use
+        self._opened: dict[tuple[int, int], Mapping[Bucket, Session]] = {}  # by threads of a run, and runs at once
         self._pid = 0
         self._was_open = False
         self._warn_of_neighbours()
@@ -114,6 +115,7 @@ class Runner:
             costs = self.measure(self.options.measure_s / 2, again=False)
             self._at_once, self._quick = costs.at_once, costs.quick
             self._cost = costs.of(self.ladder).__getitem__ if costs.tell else None
+            self._open()  # what single requests run on, now that it is known
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
         """Return ``{"logits": array of shape (labels,)}`` for every text, in their order.
@@ -297,12 +299,14 @@ class Runner:
         kept = read_costs(path)
         if kept.seconds and not again:
             return kept
-        workers, many = self._open(self._many.workers)
+        self._leave_parent()
+        with self._lock:
+            one, many = self._sessions(self._one), self._sessions(self._many)
+        workers = self._workers
         if workers.n == 1:
             costs = Costs(seconds=measure(many, self._sample, budget_s=budget_s, clock=clock))
         else:
             seconds = measure(many, self._sample, budget_s=budget_s * 2 / 3, clock=clock)
-            one = self._open()[1]
             at_once = faster_at_once(one, many, workers, self._sample, seconds, clock)
             single = {bucket: one[bucket] for bucket in self.ladder.smallest_batches()}
             alone = measure(single, self._sample, budget_s=budget_s / 3, clock=clock)
@@ -328,7 +332,7 @@ class Runner:
             "folder": self.artifact.folder,
             "options": self.options,
             "tokenizer_json": self._tokenizer_json,
-            "cost": self._cost,
+            "cost": self._given_cost,
             "engine": self._engine,
             "dynamic": self._dynamic,
         }
@@ -357,14 +361,15 @@ class Runner:
 
     def _sessions(self, options: EngineOptions) -> Mapping[Bucket, Session]:
         """Return the sessions made with these options; they are opened once."""
-        if options.threads not in self._opened:
+        uses = options.threads, options.workers if options is self._many else 1
+        if uses not in self._opened:
             if self._was_open:
                 self.artifact.check_unchanged()  # it may be another one by now
-            self._opened[options.threads] = sessions = self._engine(self.artifact, options)
+            self._opened[uses] = sessions = self._engine(self.artifact, replace(options, workers=uses[1]))
             if self.options.warmup and not (options is self._many and self._was_open):
                 self._warm_up(sessions)
             self._was_open = True
-        return self._opened[options.threads]
+        return self._opened[uses]
 
     def _leave_parent(self) -> None:
         """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""
@@ -377,10 +382,10 @@ class Runner:
 
     def _session(self, bucket: Bucket) -> Session:
         """Return a session for a shape outside the ladder."""
-        _, sessions = self._open()
+        self._leave_parent()
         with self._lock:
             if self._exact is None:
-                self._exact = self._dynamic(self.artifact, self._one, sessions)
+                self._exact = self._dynamic(self.artifact, self._one, self._sessions(self._one))
             return self._exact(bucket)
 
     def _warm_up(self, sessions: Mapping[Bucket, Session]) -> None:
@@ -462,7 +467,9 @@ class Runner:
 def costs_path(artifact: Artifact, engine: EngineOptions) -> Path:
     """Return the file of this machine's cache for what buckets of a model cost; all ladders of a model share it."""
     many = engine.for_many_batches()
-    name = f"{resolve_provider(engine.provider)}-{engine.mode}-{many.threads}x{many.workers}.json"
+    options = hashlib.sha256(repr(sorted(engine.provider_options.items())).encode()).hexdigest()[:8]
+    provider = f"{resolve_provider(engine.provider)}{f'-{options}' if engine.provider_options else ''}"
+    name = f"{provider}-{engine.mode}-{many.threads}x{many.workers}.json"
     return machine_folder(artifact.graph_sha256()) / name
 
 
@@ -498,7 +505,8 @@ def load(
         artifact_dir: folder that ``save_pretrained`` or the compiler wrote.
         mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes;
             ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
-        provider: onnxruntime execution provider by name; ``"auto"`` is the CPU's.
+        provider: onnxruntime execution provider by name, or ``"openvino"``; ``"auto"`` is the CPU's, or another that is
+            installed and was measured faster.
         provider_options: passed to the provider as they are.
         threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.

@@ -26,11 +26,13 @@ class BoundSession:
     Attributes:
         engine: of the bucket's own graph: every shape in it is fixed.
         device: ``"cuda"``; ``"cpu"`` works alike, without a graph.
+        device_id: which of them, as the provider option of that name.
     """
 
     bucket: Bucket
     engine: Any
     device: str
+    device_id: int = 0
     _inputs: dict[str, Any] = field(default_factory=dict)
     _outputs: dict[str, Any] = field(default_factory=dict)
     _binding: Any = None
@@ -53,10 +55,13 @@ class BoundSession:
         binding = self.engine.io_binding()
         for entry in self.engine.get_inputs():
             array = np.ascontiguousarray(arrays[entry.name])
-            self._inputs[entry.name] = value = onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+            self._inputs[entry.name] = value = onnxruntime.OrtValue.ortvalue_from_numpy(
+                array, self.device, self.device_id
+            )
             binding.bind_ortvalue_input(entry.name, value)
         for entry in self.engine.get_outputs():
-            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(entry.shape, _TYPES[entry.type], self.device, 0)
+            place = (self.device, self.device_id)
+            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(entry.shape, _TYPES[entry.type], *place)
             self._outputs[entry.name] = value
             binding.bind_ortvalue_output(entry.name, value)
         self._binding = binding

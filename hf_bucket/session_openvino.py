@@ -104,6 +104,11 @@ def _core(openvino: Any) -> Any:
         return _alive["core"]
 
 
+def left_behind() -> bool:
+    """Return whether OpenVINO's threads stayed in a parent of this process, which cannot run it then."""
+    return _forked
+
+
 def _leave_parent() -> None:
     """In a forked child, never destroy what the parent opened: its threads stayed there, and would be waited for."""
     global _lock, _forked

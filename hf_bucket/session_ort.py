@@ -30,7 +30,7 @@ from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
 from hf_bucket.session_bound import BoundSession
-from hf_bucket.session_openvino import open_openvino
+from hf_bucket.session_openvino import left_behind, open_openvino
 
 Mode = Literal["shared", "static", "auto"]
 
@@ -54,7 +54,7 @@ class EngineOptions:
         mode: ``"shared"`` runs every bucket on one graph with free dimensions; ``"static"`` gives every bucket a
             session of its own, with fixed shapes; ``"auto"`` is static where that is faster and fits (``preflight``).
         provider: an onnxruntime execution provider by name, or ``"auto"``.
-        provider_options: passed to the provider as they are.
+        provider_options: passed to the provider as they are; onnxruntime's CPU provider has none.
         threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
             one for each of many batches that run at once.
         workers: batches of one request that run at once; 0 means as many as the cores allow, and on a provider other
@@ -70,6 +70,12 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ProviderError(f'mode must be "shared", "static" or "auto", got {self.mode!r}')
+        if self.provider_options and self.provider in ("auto", CPU):
+            given = ", ".join(sorted(self.provider_options))
+            raise ProviderError(
+                f"provider {self.provider!r} takes no provider_options, got {given}; "
+                f"name the provider they are for: one of {', '.join(installed_providers())}"
+            )
         for name, zero in (("threads", "every core"), ("workers", "as many as the cores allow")):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -159,7 +165,8 @@ def packed_graph(artifact: Artifact, options: EngineOptions, fusion: Fusion = OW
 
     folder = machine_folder(artifact.graph_sha256())
     try:
-        made = made_once(folder / f"packed-{fusion.name}", pack)
+        rewritten = artifact.manifest.files[fusion.rewritten].sha256[:16] if fusion.rewritten else ""
+        made = made_once(folder / f"packed-{fusion.name}{rewritten}", pack)
     except ArtifactError as error:
         open_graph(artifact.path(GRAPH), options)  # raises if the graph is at fault, and not the disk that is full
         warn_unwritable(error)
@@ -190,7 +197,7 @@ def open_cuda_graph(artifact: Artifact, bucket: Bucket, options: EngineOptions) 
     """Return a session that replays one CUDA graph of one bucket."""
     graphs = {"enable_cuda_graph": "1", **options.provider_options}
     engine = open_graph(artifact.variant(bucket), replace(options, provider_options=graphs))
-    return BoundSession(bucket, engine, "cuda")
+    return BoundSession(bucket, engine, "cuda", int(options.provider_options.get("device_id", "0")))
 
 
 def _output_names(artifact: Artifact) -> tuple[str, ...]:
@@ -295,9 +302,12 @@ def _devices(provider: str) -> list[Any]:
     """
     with _lock:
         if provider not in _registered:
-            _registered.add(provider)
             package = importlib.import_module(PLUGINS[provider])
-            onnxruntime.register_execution_provider_library(provider, package.get_library_path())
+            try:
+                onnxruntime.register_execution_provider_library(provider, package.get_library_path())
+            except Exception as error:  # onnxruntime's own exceptions share no public base class
+                raise ProviderError(f"the plugin of {provider} cannot be loaded: {error}; install it again") from error
+            _registered.add(provider)
     every = onnxruntime.get_ep_devices()
     found = [device for device in every if device.ep_name == provider]
     if not found:
@@ -317,7 +327,7 @@ def installed_providers() -> list[str]:
 
 def auto_providers() -> list[str]:
     """Return the providers that ``"auto"`` may choose instead of the CPU's: those installed that can run here."""
-    found = [OPENVINO] if OPENVINO in installed_providers() else []
+    found = [OPENVINO] if OPENVINO in installed_providers() and not left_behind() else []
     for name, package in PLUGINS.items():
         if importlib.util.find_spec(package):
             with contextlib.suppress(ProviderError):  # it finds nothing to run on

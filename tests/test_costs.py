@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hf_bucket.artifact import Artifact
 from hf_bucket.assign import cells_cost
 from hf_bucket.batch import Array
-from hf_bucket.costs import Costs, compare, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.costs import TURNS, Costs, compare, faster_at_once, measure, read_costs, write_costs
 from hf_bucket.errors import InputError
 from hf_bucket.ladder import Bucket, Ladder, make_ladder
 from hf_bucket.runner import Runner, RunOptions
@@ -150,7 +150,7 @@ def test_systems_are_compared_in_turns_and_first_runs_do_not_count() -> None:
     found = compare(systems(time, asked, ladder), nothing, budget_s=1000, clock=time)
     assert found == {"one": {SMALL: pytest.approx(0.008)}, "two": {SMALL: pytest.approx(0.0064)}}
     pairs = [tuple(asked[place : place + 2]) for place in range(0, len(asked), 2)]
-    assert pairs == [("one", "two"), ("two", "one")] * 5
+    assert pairs == ([("one", "two"), ("two", "one")] * (TURNS // 2 + 1))[: TURNS + 1]
 
 
 @settings(deadline=None)

@@ -454,6 +454,17 @@ def test_a_flipped_label_is_counted_and_fails_the_evaluation(request_mrpc):
     assert report.failed
 
 
+def test_a_label_that_int8_flips_is_counted_and_fails_nothing(request_mrpc, tmp_path):
+    write_parquet(tmp_path / "mrpc" / "train.parquet", {"sentence1": ["x"], "sentence2": ["y"], "label": [0]})
+    workers = FakeWorkers({"hf_bucket": shifted(1, 0, 2.5)})
+    report = evaluate(replace(request_mrpc, quantize="int8"), start=workers)
+    assert (report.bucketed.label_flips, report.failed) == (1, False)
+    assert report.to_json()["precision"] == "int8"
+    options = workers.jobs["hf_bucket"].options
+    assert (options["quantize"], options["calibration_dataset"]) == ("int8", [{"text": "x", "text_pair": "y"}])
+    assert report.calibration == "train"
+
+
 def test_a_label_flipped_by_anyone_else_is_reported_only(request_mrpc):
     report = evaluate(request_mrpc, start=FakeWorkers({"transformers": shifted(1, 0, 2.5)}))
     assert [figures.label_flips for figures in report.systems] == [0, 0, 1, 0]

@@ -160,7 +160,7 @@ def test_two_processes_that_pack_at_once_agree(artifact: Artifact, own_cache: Pa
 
 FORKING = """
 import os, sys, time, hf_bucket
-runners = [hf_bucket.load(sys.argv[1], mode=mode, workers=2, threads=2) for mode in ("shared", "static")]
+runners = [hf_bucket.load(sys.argv[1], mode=mode, workers=2, threads=2, provider="CPUExecutionProvider") for mode in ("shared", "static")]
 texts = ["w1", "w2 w3", "w4 " * 12]
 expected = [[row["logits"].tolist() for row in runner(texts)] for runner in runners]
 time.sleep(0.3)  # until the engines' threads have gone to sleep: one that still spins lets itself be joined
@@ -205,6 +205,12 @@ def test_a_provider_that_is_a_plugin_is_registered_and_gets_its_devices(
         engine = session_ort.open_graph(artifact.path(GRAPH), EngineOptions(provider="CPUExecutionProvider"))
     assert registered == [("CPUExecutionProvider", "here")]
     assert engine.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("provider", ["auto", "CPUExecutionProvider"])
+def test_options_that_no_provider_would_read_are_refused_with_the_list_of_providers(provider: str) -> None:
+    with pytest.raises(ProviderError, match=rf"'{provider}' takes no provider_options, got a, b; name .* one of .*CPU"):
+        EngineOptions(provider=provider, provider_options={"b": "1", "a": "2"})
 
 
 def test_a_plugin_without_a_device_says_whom_it_found(

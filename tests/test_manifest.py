@@ -113,7 +113,7 @@ manifests = st.builds(
         counted_id=st.none() | counts,
     ),
     padding_leak=st.none() | st.floats(0, allow_infinity=False),
-    memory=st.dictionaries(texts, counts, max_size=3),
+    memory=st.dictionaries(texts, st.integers(0, 2**63 - 1), max_size=3),
     max_length=st.none() | counts,
     vocab_size=st.none() | counts,
     labels=st.lists(texts, max_size=3).map(tuple),
@@ -167,10 +167,11 @@ manifests = st.builds(
                 max_abs_delta=st.floats(0, allow_infinity=False),
                 good=st.booleans(),
             ),
+            min_size=1,
             max_size=2,
         ).map(tuple),
         weights_bytes=counts,
-        float_weights_bytes=counts,
+        float_weights_bytes=st.integers(1, 2**63),
         speed=st.dictionaries(texts, st.floats(0, allow_infinity=False), max_size=2),
     ),
     fusion=st.none()
@@ -180,7 +181,7 @@ manifests = st.builds(
         chosen=texts,
         buckets=st.dictionaries(texts, texts, max_size=2),
         relative=st.dictionaries(
-            texts, st.dictionaries(texts, st.floats(0, allow_infinity=False), max_size=2), max_size=2
+            texts, st.fixed_dictionaries({name: st.floats(0, allow_infinity=False) for name in ("a", "b")}), max_size=2
         ),
     ),
     files=st.dictionaries(file_names, st.builds(FileRecord, size=counts, sha256=texts), max_size=3),
@@ -487,3 +488,18 @@ def test_the_layout_of_a_manifest_is_not_guarded() -> None:
 
 def test_a_manifest_may_be_changed_by_hand_once_its_digest_is_taken_out() -> None:
     assert read({**data(), "labels": ["yes", "no"]}).labels == ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        pytest.param(("quantization", "tries"), [], "a quantization without tries", id="no try"),
+        pytest.param(("quantization", "float_weights_bytes"), 0, "or made of nothing", id="no weights"),
+        pytest.param(("fusion", "relative", "b4_s16"), {}, "not timed alike", id="no way timed"),
+        pytest.param(("fusion", "relative", "b1_s8"), {"none": 1.0}, "not timed alike", id="another way timed"),
+        pytest.param(("memory", "b1_s8"), 10**400, "expected at least 0, and 63 bits", id="endless memory"),
+    ],
+)
+def test_figures_that_nothing_could_be_told_of_are_refused(path: Path, value: object, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        read(replaced(path, value))

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import hf_bucket
-from hf_bucket import preflight
+from hf_bucket import preflight, session_ort
 from hf_bucket.artifact import Artifact
 from hf_bucket.batch import Array
+from hf_bucket.cache import cache_root
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.describe import describe_choice
-from hf_bucket.errors import BucketWarning
+from hf_bucket.errors import ArtifactError, BucketWarning
 from hf_bucket.ladder import Bucket, make_ladder
-from hf_bucket.preflight import Choice, after_fork, choose, choose_provider, settle
+from hf_bucket.preflight import Choice, after_fork, choose, choose_provider, provider_ratios, settle
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session import FakeSession
 from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions
@@ -46,6 +48,7 @@ class Bench:
         self.opened: list[tuple[str, int]] = []
         self.closed = 0
         self.order: list[str] = []
+        self.lock = threading.Lock()
 
     def clock(self) -> float:
         return self.now
@@ -55,16 +58,20 @@ class Bench:
         return self.sessions(artifact.manifest.ladder, options.mode)
 
     def sessions(self, buckets: object, mode: str) -> dict[Bucket, FakeSession]:
+        return self.timed(buckets, self.ratio if mode == "static" else 1.0, mode)
+
+    def timed(self, buckets: object, factor: float, name: str = "") -> dict[Bucket, FakeSession]:
         bench = self
 
         class Timed(FakeSession):
             runs = 0
 
             def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-                cost = self.bucket.cells * 0.001 * (bench.ratio if mode == "static" else 1)
-                bench.now += cost if self.runs else cost + bench.first_s
-                bench.order.append(mode)
-                self.runs += 1
+                cost = self.bucket.cells * 0.001 * factor
+                with bench.lock:  # copies of a batch run at once
+                    bench.now += cost if self.runs else cost + bench.first_s
+                    bench.order.append(name)
+                    self.runs += 1
                 return super().run(arrays) if arrays else {}
 
             def close(self) -> None:
@@ -130,29 +137,64 @@ def test_without_a_budget_nothing_is_measured_and_shared_is_taken(artifact: Arti
 
 
 class Rival(Bench):
-    """Engines by provider: a run of another one takes ``ratio`` of what it does on the CPU provider."""
+    """Engines by provider: a run of another one takes ``ratio`` of what it does on the CPU provider, and ``one`` of it
+    where the run has every core.
+    """
+
+    def __init__(self, ratio: float, one: float = 1.0, **options: float) -> None:
+        super().__init__(ratio, **options)
+        self.one = one
 
     def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
         self.opened.append((options.provider, len(artifact.manifest.ladder)))
-        return self.sessions(artifact.manifest.ladder, "shared" if options.provider == CPU else "static")
+        factor = 1.0 if options.provider == CPU else self.ratio if options.threads else self.one
+        return self.timed(artifact.manifest.ladder, factor)
 
 
 def provided(artifact: Artifact, bench: Bench, **options: object) -> str:
     given: dict = {"budget_s": 100.0, "engine": bench, "clock": bench.clock, **options}
-    return choose_provider(artifact, EngineOptions(workers=1, threads=1), **given)
+    return choose_provider(artifact, EngineOptions(workers=2), **given)
 
 
-@pytest.mark.parametrize(("ratio", "provider"), [(0.5, OPENVINO), (0.96, OPENVINO), (0.98, CPU), (1.5, CPU)])
-def test_another_provider_is_taken_where_it_is_clearly_faster(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, ratio: float, provider: str
+@pytest.mark.parametrize(
+    ("many", "one", "provider"),
+    [
+        pytest.param(0.5, 1.0, OPENVINO, id="twice as fast"),
+        pytest.param(0.96, 1.01, OPENVINO, id="a little faster"),
+        pytest.param(0.98, 0.5, CPU, id="noise for many"),
+        pytest.param(0.5, 1.1, CPU, id="slower for one"),
+        pytest.param(1.5, 1.5, CPU, id="slower"),
+    ],
+)
+def test_another_provider_is_taken_where_it_is_faster_for_many_and_no_slower_for_one(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, provider: str
 ) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    bench = Rival(ratio, first_s=5.0)
+    bench = Rival(many, one, first_s=5.0)
     assert provided(artifact, bench) == provider
-    assert bench.opened == [(CPU, 3), (OPENVINO, 3)]
-    assert bench.closed == 6
-    assert provided(artifact, Rival(1 / ratio)) == provider, "kept"
+    assert bench.opened == [(CPU, 6)] * 2 + [(OPENVINO, 6)] * 2, "three lengths, two batch sizes, both uses"
+    assert bench.closed == 24
+    (found,) = provider_ratios(artifact, EngineOptions(workers=2)).values()
+    assert (found.many, found.one) == (pytest.approx(many), pytest.approx(one))
+    assert provided(artifact, Rival(1 / many)) == provider, "kept"
     assert provided(artifact, Rival(0.5), again=True) == OPENVINO
+
+
+def test_ratios_that_were_damaged_are_measured_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    assert provided(artifact, Rival(0.5)) == OPENVINO
+    (path,) = cache_root().rglob("providers-*.json")
+    for text in (
+        "",
+        "[]",
+        '{"openvino": 0.5}',
+        '{"openvino": {"many": -1.0, "one": 1.0}}',
+        '{"openvino": {"many": 1}}',
+    ):
+        path.write_text(text)
+        bench = Rival(2.0)
+        assert provided(artifact, bench) == CPU
+        assert bench.opened
 
 
 def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
@@ -172,10 +214,30 @@ def test_runs_too_short_to_tell_providers_apart_stay_on_the_cpu_provider(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    monkeypatch.setattr(preflight, "SHORTEST_S", 1.0)
+    monkeypatch.setattr(preflight, "_WORTH_S", 1.0)
     bench = Rival(0.5)
     assert provided(artifact, bench) == CPU
-    assert bench.opened == [(CPU, 3)]
+    assert bench.opened == [(CPU, 6)] * 2
+    assert provided(artifact, bench) == CPU
+    assert bench.opened == [(CPU, 6)] * 2, "kept"
+
+
+def test_a_provider_that_cannot_run_the_model_is_left_out_with_a_warning(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO, "OtherExecutionProvider"])
+
+    class Half(Rival):
+        def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+            if options.provider == OPENVINO:
+                raise ArtifactError("no such operator")
+            return super().__call__(artifact, options)
+
+    monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, OPENVINO, "OtherExecutionProvider"])
+    bench = Half(0.5)
+    with pytest.warns(BucketWarning, match='provider="auto" leaves out openvino: no such operator'):
+        assert provided(artifact, bench) == "OtherExecutionProvider"
+    assert threading.active_count() == len([one for one in threading.enumerate() if "hf_bucket" not in one.name])
 
 
 def test_a_forked_child_of_a_model_that_auto_put_on_openvino_says_that_it_runs_elsewhere() -> None:

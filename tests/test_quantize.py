@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +15,17 @@ from conftest import text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_bucket.artifact import Artifact
+from hf_bucket.artifact import GRAPH, Artifact, record_files
 from hf_bucket.batch import Features
+from hf_bucket.certificate import certify, open_texts, text_evidence, variants
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import BucketWarning, DataError, ModelError
 from hf_bucket.ladder import make_ladder
-from hf_bucket.manifest import Try
+from hf_bucket.manifest import MANIFEST, FusionChoice, Try
 from hf_bucket.quantize import CALIBRATED, HELD_OUT, NEEDED, SCHEMES, _best, _until_good, calibration
 from hf_bucket.runner import Runner
+from hf_bucket.session_ort import CPU
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -86,6 +91,22 @@ def test_the_manifest_tells_what_was_done_and_what_it_changed(compiled: dict[str
     assert all(0 <= one.label_flips <= made.held_out and one.max_abs_delta > 0 for one in made.tries)
     assert set(made.speed) <= {bucket.name for bucket in compiled["int8"].manifest.ladder}
     assert all(ratio > 0 for ratio in made.speed.values())
+
+
+def test_what_was_made_of_the_graph_in_float_is_not_taken_for_int8(
+    compiled: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """Else the float graph that a tool rewrote would run, under the name of int8."""
+    fused = FusionChoice(provider=CPU, chosen="ort_fusions", buckets={}, relative={})
+    folder = Path(shutil.copytree(compiled["float"].folder, tmp_path / "fused"))
+    shutil.copyfile(folder / GRAPH, folder / "model_ort_fusions.onnx")
+    manifest = replace(compiled["float"].manifest, fusion=fused, files=record_files(folder))
+    (folder / MANIFEST).write_text(manifest.to_json())
+    options = CompileOptions(quantize="int8", calibration=CALIBRATION[1:])
+    made = compile_model(Source(name=str(folder)), options)
+    assert made.manifest.fusion is None
+    assert "model_ort_fusions.onnx" not in made.manifest.files
+    assert np.abs(logits(made, TEXTS) - logits(compiled["float"], TEXTS)).max() > 1e-3
 
 
 def test_another_ladder_of_an_int8_model_keeps_its_weights(compiled: dict[str, Artifact]) -> None:
@@ -191,6 +212,39 @@ def test_what_cannot_be_calibrated_is_refused(
         compile_model(Source(name=str(tiny_bert)), CompileOptions(**options))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("calibration", [[3, 4], ["w1 w2"], None], ids=["lengths", "few texts", "none"])
+def test_int8_dynamic_takes_what_texts_there_are(tiny_bert: Path, calibration: list[object] | None) -> None:
+    options = CompileOptions(buckets=[8, 16], batch_sizes=[1], quantize="int8-dynamic", calibration=calibration)
+    made = compile_model(Source(name=str(tiny_bert)), options).manifest.quantization
+    assert made is not None
+    assert (made.scheme, made.calibrated) == ("int8-dynamic", 0)
+
+
+def test_an_artifacts_own_length_without_texts_is_refused_since_nobody_planned_it(
+    compiled: dict[str, Artifact],
+) -> None:
+    source = Source(name=str(compiled["float"].folder))
+    with pytest.raises(DataError, match="calibration has 0 texts of 9 to 24 tokens"):
+        compile_model(source, CompileOptions(quantize="int8", calibration=["w1 w2", "w3", "w4 w5", "w6"] * 2))
+
+
+def test_models_with_other_labels_are_other_models_in_the_cache(tiny_bert: Path, tmp_path: Path) -> None:
+    renamed = Path(shutil.copytree(tiny_bert, tmp_path / "renamed"))
+    config = json.loads((renamed / "config.json").read_text())
+    config |= {"id2label": {"0": "dull", "1": "fine"}, "label2id": {"dull": 0, "fine": 1}}
+    (renamed / "config.json").write_text(json.dumps(config))
+    options = CompileOptions(buckets=[8], batch_sizes=[1], quantize="int8-dynamic")
+    labels = [compile_model(Source(name=str(folder)), options).manifest.labels for folder in (tiny_bert, renamed)]
+    assert labels == [("LABEL_0", "LABEL_1"), ("dull", "fine")]
+
+
+def test_labels_of_a_csv_may_be_indices(compiled: dict[str, Artifact], tmp_path: Path) -> None:
+    (tmp_path / "labelled.csv").write_text("text,label\nw1,0\nw2 w3,1\n")
+    texts = open_texts(tmp_path / "labelled.csv", label_column="label")
+    assert texts.labels(("LABEL_0", "LABEL_1")) == [0, 1]
+    assert texts.labels(("1", "0")) == [1, 0], "names come first"
+
+
 def test_int8_of_int8_is_refused(compiled: dict[str, Artifact]) -> None:
     options = CompileOptions(quantize="int8-dynamic")
     with pytest.raises(ModelError, match="is int8 already; give the checkpoint, or leave out quantize"):
@@ -224,8 +278,6 @@ def test_compile_inspect_and_validate_tell_what_int8_changes(capfd, tiny_bert: P
 
 
 def test_the_accuracy_of_a_certificate_is_that_of_its_rows(capfd, compiled: dict[str, Artifact], files: Path) -> None:
-    from hf_bucket.certificate import certify, open_texts, text_evidence, variants
-
     texts = open_texts(files / "labelled.jsonl", label_column="label")
     evidence = text_evidence(compiled["float"], texts, report=lambda line: None)
     found = {one.bucket: one for one in certify(compiled["float"].manifest, evidence, [variants(compiled["float"])])}
