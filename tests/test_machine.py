@@ -160,7 +160,8 @@ def test_two_processes_that_pack_at_once_agree(artifact: Artifact, own_cache: Pa
 
 FORKING = """
 import os, sys, time, hf_bucket
-runners = [hf_bucket.load(sys.argv[1], mode=mode, workers=2, threads=2, provider="CPUExecutionProvider") for mode in ("shared", "static")]
+options = {"workers": 2, "threads": 2, "provider": "CPUExecutionProvider"}
+runners = [hf_bucket.load(sys.argv[1], mode=mode, **options) for mode in ("shared", "static")]
 texts = ["w1", "w2 w3", "w4 " * 12]
 expected = [[row["logits"].tolist() for row in runner(texts)] for runner in runners]
 time.sleep(0.3)  # until the engines' threads have gone to sleep: one that still spins lets itself be joined
