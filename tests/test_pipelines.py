@@ -301,5 +301,5 @@ def test_wrong_arguments_are_refused_with_the_accepted_ones(arguments, error, me
 
 
 def test_buckets_cannot_be_changed_for_a_loaded_model(ours) -> None:
-    with pytest.raises(ModelError, match="buckets cannot be chosen for a model that is loaded already"):
+    with pytest.raises(ModelError, match="buckets and quantize cannot be chosen for a model that is loaded already"):
         hf_bucket.pipeline(model=ours.runner, buckets=[8])
