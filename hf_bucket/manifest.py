@@ -371,7 +371,9 @@ def _read_memory(data: _Reader) -> dict[str, int]:
     memory = data.table("memory", int)
     for name, value in memory.items():
         if not 0 <= value < 2**63:
-            raise ArtifactError(f"{MANIFEST} has {value} at memory.{name}, expected at least 0, and 63 bits; do not trust it")
+            raise ArtifactError(
+                f"{MANIFEST} has {value} at memory.{name}, expected at least 0, and 63 bits; do not trust it"
+            )
     return memory
 
 

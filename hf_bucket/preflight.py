@@ -15,7 +15,7 @@ from statistics import mean
 from hf_bucket import memory
 from hf_bucket.artifact import Artifact
 from hf_bucket.batch import Array
-from hf_bucket.costs import Batches, Clock, compare
+from hf_bucket.costs import Batches, Clock, Sessions, compare
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, BucketWarning, InputError, ProviderError
 from hf_bucket.ladder import Bucket, Ladder
@@ -242,19 +242,47 @@ def _compare_providers(
                 warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=6)
                 continue
             stack.enter_context(contextlib.closing(other))
-            found = [
-                compare({CPU: mine, name: theirs}, batches, budget_s=budget_s / (2 * len(names)), clock=clock)
+            many, one = (
+                _ratio(mine, theirs, batches, budget_s=budget_s / (2 * len(names)), clock=clock)
                 for mine, theirs in ((own.many, other.many), (own.one, other.one))
-            ]
-            many, one = (mean(way[name][bucket] / value for bucket, value in way[CPU].items()) for way in found)
+            )
             ratios[name] = Ratios(many=many, one=one)
         return ratios
+
+
+def _ratio(own: Sessions, other: Sessions, batches: Batches, *, budget_s: float, clock: Clock) -> float:
+    """Return the other's time over one's own, for a run of every bucket one after another: engines that prepare for a
+    shape when it changes have to do so here as in use.
+    """
+    feeds = {bucket: batches(bucket) for bucket in own}
+    first = next(iter(own))
+    systems = {"own": {first: _OneOfEach(own, feeds)}, "other": {first: _OneOfEach(other, feeds)}}
+    found = compare(systems, lambda bucket: {}, budget_s=budget_s, clock=clock)
+    return found["other"][first] / found["own"][first]
+
+
+@dataclass(frozen=True, slots=True)
+class _OneOfEach:
+    """A session whose run is one of every bucket's."""
+
+    sessions: Sessions
+    feeds: Mapping[Bucket, Mapping[str, Array]]
+
+    @property
+    def bucket(self) -> Bucket:
+        return next(iter(self.sessions))
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return [session.run(self.feeds[bucket]) for bucket, session in self.sessions.items()][-1]
+
+    def close(self) -> None:
+        """Nothing to do: the sessions are closed by who opened them."""
 
 
 def _usual(artifact: Artifact) -> Artifact:
     """Return the artifact with buckets that rows of usual lengths take: of a planned ladder the middle half."""
     lengths = artifact.manifest.ladder.lengths
-    chosen = {lengths[min(len(lengths) - 1, len(lengths) * quarter // 4)] for quarter in (1, 2, 3)}
+    chosen = {lengths[min(len(lengths) - 1, len(lengths) * eighth // 8)] for eighth in range(2, 7)}
     buckets = tuple(bucket for bucket in artifact.manifest.ladder if bucket.length in chosen)
     return replace(artifact, manifest=replace(artifact.manifest, ladder=Ladder(buckets)))
 
