@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bucket.artifact import GRAPH, Artifact, hash_file
+from hf_bucket.artifact import Artifact, hash_file
 from hf_bucket.assign import Assignment
 from hf_bucket.batch import Features, pad, unpad
 from hf_bucket.data import Record, check_columns, pick_column, read_records, text_of
@@ -31,7 +31,7 @@ from hf_bucket.manifest import MANIFEST, Certificate, Manifest
 from hf_bucket.probes import ATOL, PROBES, load_probes, probe_features, tolerance
 from hf_bucket.runner import Runner
 from hf_bucket.session import Session
-from hf_bucket.session_ort import EngineOptions, OrtSession, fusion_of, open_graph, open_variant
+from hf_bucket.session_ort import EngineOptions, OrtSession, open_unpacked, open_variant
 from hf_bucket.source import Source, locate
 from hf_bucket.systems import Job, TorchEngine
 from hf_bucket.tasks import Signature
@@ -348,8 +348,7 @@ def variants(artifact: Artifact) -> Open:
 
 def shared_graph(artifact: Artifact) -> Open:
     """Return what opens a bucket of the graph with free dimensions, which is loaded once."""
-    fusion = fusion_of(artifact, EngineOptions())
-    engine = open_graph(artifact.path(fusion.rewritten or GRAPH), EngineOptions(), fusion=fusion)
+    engine = open_unpacked(artifact, EngineOptions())
     names = tuple(spec.name for spec in artifact.manifest.signature.outputs)
     return lambda bucket: OrtSession(bucket, engine, names)
 

@@ -114,9 +114,10 @@ def _planned_values(options: argparse.Namespace) -> Sequence[Any]:
 def _advice(values: Sequence[Any], texts: bool, options: argparse.Namespace) -> tuple[Sequence[int], Advice]:
     """Return the tokens of every row, and the joint plan for them on this machine."""
     from hf_bucket.advise import advise, limits_for
-    from hf_bucket.compile import MEASURE_S, compile_model, measured_costs
+    from hf_bucket.compile import compile_model, measured_costs
     from hf_bucket.encode import Encoder, check_texts
     from hf_bucket.joint import WINDOW
+    from hf_bucket.runner import MEASURE_S
     from hf_bucket.session_ort import EngineOptions
     from hf_bucket.source import Source
 

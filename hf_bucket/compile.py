@@ -32,24 +32,22 @@ from hf_bucket.machine import available_bytes
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FusionChoice, Manifest, Validation
 from hf_bucket.memory import check_fits, footprint
 from hf_bucket.planner import resolve_ladder
-from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sample_batch, save_probes, validate
+from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sampler, save_probes, validate
 from hf_bucket.quantize import NEEDED, SCHEMES, Calibration, Scheme, calibration, quantize
 from hf_bucket.recipe import Recipe
-from hf_bucket.runner import Runner, RunOptions, costs_path
+from hf_bucket.runner import MEASURE_S, Runner, RunOptions, costs_path
 from hf_bucket.session import Session
 from hf_bucket.session_ort import (
     EngineOptions,
     Mode,
     OrtSession,
-    fusion_of,
     open_graph,
+    open_unpacked,
     open_variant,
     resolve_provider,
 )
 from hf_bucket.source import Files, Hub, Source, locate
 from hf_bucket.tasks import Signature, Task, get_task
-
-MEASURE_S = 2.0  # what a joint plan spends on measuring, once per model and machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -481,11 +479,7 @@ def _speed(artifact: Artifact, folder: Path, encoder: Encoder) -> dict[str, floa
     for name, path in (("float", artifact.path(GRAPH)), ("int8", folder / GRAPH)):
         engine = open_graph(path, options)
         systems[name] = {bucket: OrtSession(bucket, engine, names) for bucket in manifest.ladder}
-    found = compare(
-        systems,
-        lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size),
-        budget_s=_COMPARED_S,
-    )
+    found = compare(systems, sampler(encoder, manifest.signature, manifest.vocab_size), budget_s=_COMPARED_S)
     return {bucket.name: seconds / found["int8"][bucket] for bucket, seconds in found["float"].items()}
 
 
@@ -522,7 +516,7 @@ def _fusion(folder: Path, manifest: Manifest, report: Report) -> FusionChoice | 
         return choose_fusion(
             folder,
             manifest.ladder,
-            lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size),
+            sampler(encoder, manifest.signature, manifest.vocab_size),
             check=check if exact else None,
             report=report,
         )
@@ -538,8 +532,7 @@ def check_buckets(artifact: Artifact) -> tuple[Validation, ...]:
     manifest, options = artifact.manifest, EngineOptions()
     reference, probes = load_probes(artifact.folder / PROBES)
     atol = math.inf if manifest.padding_leak is not None else ATOL.get(manifest.source["dtype"], math.inf)
-    fusion = fusion_of(artifact, options)
-    shared = open_graph(artifact.path(fusion.rewritten or GRAPH), options, fusion=fusion)
+    shared = open_unpacked(artifact, options)
     checks = []
     for bucket in manifest.ladder:
         static = open_variant(artifact, bucket, options)

@@ -39,9 +39,9 @@ def narrow(model: ir.Model) -> int:
     """
     moved = 0
     for node in list(model.graph):
-        place = _chosen_place(node)
-        if place is not None:
-            moved += _move_up(model, node, place)
+        place, source = _chosen_place(node), node.inputs[0] if node.inputs else None
+        if place is not None and source is not None:
+            moved += _move_up(model, node, source, place)
     return moved
 
 
@@ -75,7 +75,7 @@ def _constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     return tensor.numpy() if tensor is not None and tensor.size <= 1 else None
 
 
-def _move_up(model: ir.Model, chooser: ir.Node, place: int) -> int:
+def _move_up(model: ir.Model, chooser: ir.Node, start: ir.Value, place: int) -> int:
     """Let every value above ``chooser`` hold one token if nobody needs the others; return the smaller MatMuls.
 
     ``wanted`` has, per value and distance of its token axis from the end, the uses that want that one token only. From
@@ -83,8 +83,6 @@ def _move_up(model: ir.Model, chooser: ir.Node, place: int) -> int:
     any other value gets a Slice for those that do.
     """
     wanted: dict[tuple[ir.Value, int], list[Use]] = defaultdict(list)
-    start = chooser.inputs[0]
-    assert start is not None  # ``_chosen_place`` has seen its shape
     wanted[start, 2].append((chooser, 0))
     above = list(model.graph)
     moved = 0
@@ -99,9 +97,8 @@ def _move_up(model: ir.Model, chooser: ir.Node, place: int) -> int:
                     continue
                 moved += node.op_type == "MatMul"
                 for slot, input_axis in inputs.items():
-                    source = node.inputs[slot]
-                    assert source is not None
-                    wanted[source, input_axis].append((node, slot))
+                    if (source := node.inputs[slot]) is not None:
+                        wanted[source, input_axis].append((node, slot))
     for (value, axis), uses in wanted.items():  # inputs of the graph, and weights
         _slice(model, value, axis, place, uses)
     return moved

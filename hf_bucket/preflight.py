@@ -21,7 +21,7 @@ from hf_bucket.errors import ArtifactError, BucketWarning, InputError, ProviderE
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import available_bytes, machine_folder, read_figures, write_figures
 from hf_bucket.memory import FASTER, Footprint, check_fits, footprint, sets_of
-from hf_bucket.probes import sample_batch
+from hf_bucket.probes import sampler
 from hf_bucket.session import Session
 from hf_bucket.session_ort import (
     CPU,
@@ -181,7 +181,7 @@ def choose_provider(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratios:
-    """The time that a provider takes over the CPU provider's, the mean over some buckets.
+    """The time that a provider takes over the CPU provider's, for a run of some buckets one after another.
 
     Attributes:
         many: as many batches at once as in use.
@@ -358,7 +358,7 @@ def choose(
 def _texts(artifact: Artifact) -> Batches:
     manifest = artifact.manifest
     encoder = Encoder(artifact.tokenizer_json(), inputs=manifest.signature.input_names)
-    return lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size)
+    return sampler(encoder, manifest.signature, manifest.vocab_size)
 
 
 def _figures(artifact: Artifact, options: EngineOptions, what: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +131,13 @@ def sample_batch(
     """Return a full batch of one row that looks like a text: some heads fail without their special tokens."""
     rows = probe_rows(encoder, bucket.length, vocab_size, lengths=[bucket.length])
     return pad(probe_features(rows), Assignment(bucket=bucket, rows=(0,)), signature).arrays
+
+
+def sampler(
+    encoder: Encoder, signature: Signature, vocab_size: int | None
+) -> Callable[[Bucket], Mapping[str, NDArray[np.generic]]]:
+    """Return ``sample_batch`` as a function of the bucket, for what times several."""
+    return lambda bucket: sample_batch(encoder, bucket, signature, vocab_size)
 
 
 def probe_features(rows: Sequence[tuple[int, ...]]) -> Features:

@@ -91,6 +91,7 @@ def quantize(artifact: Artifact, scheme: Scheme, texts: Calibration | None, fold
         texts: needed by ``"int8"``; of ``"int8-dynamic"`` they judge the result, where there are any.
 
     Raises:
+        DataError: ``"int8"`` without texts.
         ExportError: the graph has no product that could be quantised.
         DependencyError: onnx is not installed.
     """
@@ -101,7 +102,8 @@ def quantize(artifact: Artifact, scheme: Scheme, texts: Calibration | None, fold
         if not layers:
             raise ExportError("the graph has no product of a matrix with fixed weights, so int8 would change nothing")
         if scheme == "int8":
-            assert texts is not None  # ``compile`` has asked for them
+            if texts is None:
+                raise DataError('"int8" takes its scales from texts, got none; give some, or take "int8-dynamic"')
             ranked = work.by_error(layers)
             tries = list(_until_good(work.static(ranked, kept) for kept in _TRIED if kept < len(ranked)))
         else:
@@ -235,9 +237,10 @@ class _Work:
 
     def feeds(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Yield the inputs of rows, one at a time and without padding."""
+        if self.texts is None:  # there are no rows then
+            return
+        features = self.texts.features
         for row in rows:
-            assert self.texts is not None  # there would be no rows
-            features = self.texts.features
             bucket = Bucket(batch_size=1, extent=(features.lengths[row],))
             yield dict(pad(features, Assignment(bucket=bucket, rows=(row,)), self.artifact.manifest.signature).arrays)
 

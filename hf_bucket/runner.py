@@ -33,7 +33,7 @@ from hf_bucket.tasks import Signature
 from hf_bucket.workers import Workers
 
 _ONE = Workers(1)
-MEASURE_S = 2.0  # what the doors spend on measuring, once per model and machine
+MEASURE_S = 2.0  # what the doors, and joint plans, spend on measuring, once per model and machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

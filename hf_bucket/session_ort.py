@@ -134,8 +134,14 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
 def open_shared(artifact: Artifact, options: EngineOptions) -> Any:
     """Return the engine of the graph with free dimensions."""
     fusion = fusion_of(artifact, options)
-    path = packed_graph(artifact, options, fusion) or artifact.path(fusion.rewritten or GRAPH)
-    return open_graph(path, options, fusion=fusion)
+    packed = packed_graph(artifact, options, fusion)
+    return open_unpacked(artifact, options) if packed is None else open_graph(packed, options, fusion=fusion)
+
+
+def open_unpacked(artifact: Artifact, options: EngineOptions) -> Any:
+    """Return the engine of the graph with free dimensions as it lies in the artifact; nothing is kept in the cache."""
+    fusion = fusion_of(artifact, options)
+    return open_graph(artifact.path(fusion.rewritten or GRAPH), options, fusion=fusion)
 
 
 def fusion_of(artifact: Artifact, options: EngineOptions, bucket: Bucket | None = None) -> Fusion:

@@ -23,7 +23,7 @@ from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import BucketWarning, DataError, ModelError
 from hf_bucket.ladder import make_ladder
 from hf_bucket.manifest import MANIFEST, FusionChoice, Try
-from hf_bucket.quantize import CALIBRATED, HELD_OUT, NEEDED, SCHEMES, _best, _until_good, calibration
+from hf_bucket.quantize import CALIBRATED, HELD_OUT, NEEDED, SCHEMES, _best, _until_good, calibration, quantize
 from hf_bucket.runner import Runner
 from hf_bucket.session_ort import CPU
 from hf_bucket.source import Source
@@ -243,6 +243,14 @@ def test_labels_of_a_csv_may_be_indices(compiled: dict[str, Artifact], tmp_path:
     texts = open_texts(tmp_path / "labelled.csv", label_column="label")
     assert texts.labels(("LABEL_0", "LABEL_1")) == [0, 1]
     assert texts.labels(("1", "0")) == [1, 0], "names come first"
+
+
+def test_int8_without_texts_is_refused_before_any_file_is_written(
+    compiled: dict[str, Artifact], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match='"int8" takes its scales from texts, got none'):
+        quantize(compiled["float"], "int8", None, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_int8_of_int8_is_refused(compiled: dict[str, Artifact]) -> None:
