@@ -353,8 +353,8 @@ def _model_of(artifact: Artifact, *options: str) -> str:
     manifest = artifact.manifest
     variants = {variant_name(bucket) for bucket in manifest.ladder}
     files = sorted((name, record.sha256) for name, record in manifest.files.items() if name not in variants)
-    told = (manifest.labels, manifest.problem_type, sorted(manifest.source.items()), manifest.quantization)
-    return hashlib.sha256(repr([SCHEMA_VERSION, files, told, *options]).encode()).hexdigest()
+    source = sorted(manifest.source.items())
+    return hashlib.sha256(repr([SCHEMA_VERSION, files, source, *options]).encode()).hexdigest()
 
 
 def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:

@@ -181,5 +181,17 @@ def test_a_reshape_that_joins_rows_and_tokens_is_not_passed() -> None:
     np.testing.assert_allclose(run(less, inputs), run(model, inputs), atol=1e-6, rtol=1e-5)
 
 
+def test_a_reshape_that_makes_two_tokens_of_one_is_not_passed() -> None:
+    halves = """half = Constant <value_ints = [0, -1, 4]> ()
+    halves = Reshape (active, half)
+    zero = Constant <value_int = 0> ()
+    y = Gather <axis = 1> (halves, zero)"""
+    model = graph(LAYER.replace("CHOOSE", halves).replace("(float[batch, 8] y)", "(float[batch, 4] y)"))
+    less, moved = narrowed(model)
+    assert moved == 0
+    inputs = inputs_of(3, 4)
+    np.testing.assert_allclose(run(less, inputs), run(model, inputs), atol=1e-6, rtol=1e-5)
+
+
 def test_values_without_shapes_are_left_alone() -> None:
     assert narrowed(parsed(LAYER.replace("CHOOSE", FIRST)))[1] == 0
