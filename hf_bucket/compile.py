@@ -7,7 +7,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, record_files, variant_name
-from hf_bucket.batch import Features
 from hf_bucket.cache import any_ladder, in_cache, model_key
-from hf_bucket.costs import Clock, Costs, compare, read_costs
+from hf_bucket.costs import Clock, Costs, read_costs
 from hf_bucket.data import read_column, read_dataset_column
-from hf_bucket.encode import Encoder, Text, Truncation, check_texts
+from hf_bucket.encode import Encoder, check_texts
 from hf_bucket.errors import DataError, LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
@@ -33,7 +32,7 @@ from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FusionChoice, Manifest,
 from hf_bucket.memory import check_fits, footprint
 from hf_bucket.planner import resolve_ladder
 from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sampler, save_probes, validate
-from hf_bucket.quantize import NEEDED, SCHEMES, Calibration, Scheme, calibration, quantize
+from hf_bucket.quantize import SCHEMES, Scheme, calibrate, quantize, speed
 from hf_bucket.recipe import Recipe
 from hf_bucket.runner import MEASURE_S, Runner, RunOptions, costs_path
 from hf_bucket.session import Session
@@ -397,7 +396,7 @@ def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, p
     """Return the artifact in int8, if that is asked for; what was made of the same texts before is in the cache.
 
     Args:
-        planned: as in ``_calibration_texts``.
+        planned: as in ``quantize.calibrate``.
     """
     scheme, manifest = options.quantize, artifact.manifest
     if scheme is None:
@@ -407,7 +406,10 @@ def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, p
             f"{artifact.folder} is {manifest.quantization.scheme} already; give the checkpoint, or leave out quantize"
         )
     encoder = Encoder(artifact.tokenizer_json(), inputs=manifest.signature.input_names)
-    texts = _calibration_texts(options, encoder, manifest.ladder, report, planned=planned)
+    given = options.calibration
+    texts = (
+        None if given is None else calibrate(given, encoder, manifest.ladder, scheme, planned=planned, report=report)
+    )
     used = "" if texts is None else repr((texts.chosen, texts.held_out, texts.features.columns["input_ids"]))
 
     def fill(folder: Path) -> None:
@@ -417,73 +419,11 @@ def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, p
         link_files([artifact.path(name) for name in kept], folder)
         with quiet(options.verbose):
             made = quantize(artifact, scheme, texts, folder)
-        made = replace(made, speed=_speed(artifact, folder, encoder))
+        made = replace(made, speed=speed(artifact, folder, encoder))
         source = {**manifest.source, "dtype": scheme}
         _finish(folder, replace(manifest, source=source, quantization=made, fusion=None), report)
 
     return in_cache(_model_of(artifact, scheme, used, str(_versions())), manifest.ladder, fill)
-
-
-def _calibration_texts(
-    options: CompileOptions, encoder: Encoder, ladder: Ladder, report: Report, *, planned: bool
-) -> Calibration | None:
-    """Return the texts that int8 is calibrated on and judged by; None where there are none.
-
-    Args:
-        planned: nobody chose the lengths of the ladder: joined texts may stand in for those that have too few.
-    """
-    if options.calibration is None:
-        return None
-    dynamic = options.quantize == "int8-dynamic"  # takes nothing from texts, and is judged by those there are
-    if any(isinstance(item, (int, np.integer)) for item in options.calibration):
-        if dynamic:
-            return None
-        raise DataError(f"quantize={options.quantize!r} needs texts, calibration_dataset has token counts; give texts")
-    texts = check_texts(options.calibration)
-    features = encoder(texts, truncation=Truncation(max_length=ladder.max_length))
-    if planned and not dynamic:
-        features = _filled(features, texts, encoder, ladder, report)
-    return calibration(features, ladder, needed=0 if dynamic else NEEDED)
-
-
-def _filled(features: Features, texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> Features:
-    """Return the rows with joined texts for lengths that a plan has and too few texts, such as the model's maximum."""
-    holders = [ladder.choose(length).length for length in features.lengths]
-    few = [length for length in ladder.lengths if holders.count(length) < NEEDED]
-    if few:
-        report(f"too few calibration texts for length {', '.join(map(str, few))}: joined ones stand in for them")
-    for length in few:
-        cut = Truncation(max_length=length)
-        more = encoder(_joined(texts, -(-length // max(1, min(features.lengths) - encoder.min_length))), truncation=cut)
-        columns = {name: [*column, *more.columns[name]] for name, column in features.columns.items()}
-        features = replace(features, lengths=(*features.lengths, *more.lengths), columns=columns)
-    return features
-
-
-def _joined(texts: Sequence[Text], n: int) -> list[Text]:
-    """Return some texts, each of ``n`` of the given ones."""
-    pairs = [(text, "") if isinstance(text, str) else text for text in texts]
-    found: list[Text] = []
-    for number in range(2 * NEEDED):
-        parts = [pairs[(number * 7 + place) % len(pairs)] for place in range(n)]
-        first, second = (" ".join(part[side] for part in parts) for side in (0, 1))
-        found.append((first, second) if second.strip() else first)
-    return found
-
-
-def _speed(artifact: Artifact, folder: Path, encoder: Encoder) -> dict[str, float]:
-    """Return, per bucket, seconds of a run in float over seconds of one with the graph in ``folder``."""
-    manifest, options = artifact.manifest, EngineOptions(threads=1)
-    names = tuple(spec.name for spec in manifest.signature.outputs)
-    systems: dict[str, Mapping[Bucket, Session]] = {}
-    for name, path in (("float", artifact.path(GRAPH)), ("int8", folder / GRAPH)):
-        engine = open_graph(path, options)
-        systems[name] = {bucket: OrtSession(bucket, engine, names) for bucket in manifest.ladder}
-    found = compare(systems, sampler(encoder, manifest.signature, manifest.vocab_size), budget_s=_COMPARED_S)
-    return {bucket.name: seconds / found["int8"][bucket] for bucket, seconds in found["float"].items()}
-
-
-_COMPARED_S = 3.0
 
 
 def _finish(folder: Path, manifest: Manifest, report: Report) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,11 +23,15 @@ from numpy.typing import NDArray
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
 from hf_bucket.assign import Assignment
 from hf_bucket.batch import Features, pad
+from hf_bucket.costs import compare
+from hf_bucket.encode import Encoder, Text, Truncation, check_texts
 from hf_bucket.errors import DataError, ExportError, missing_part
 from hf_bucket.graph import load_graph, save_graph, tidy
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import Quantization, Try
-from hf_bucket.session_ort import EngineOptions, open_graph
+from hf_bucket.probes import sampler
+from hf_bucket.session import Session
+from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph
 
 Scheme = Literal["int8", "int8-dynamic"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -38,6 +42,9 @@ HELD_OUT = 16  # other texts of every length that the choice of layers is judged
 _TRIED = (0, 1, 2, 4)  # layers left in float, the most sensitive first; a further one costs more than it gains
 _RANKED_ON = 8  # texts that the layers' errors are measured on
 _FLIPS = 200  # one label in so many may change
+_COMPARED_S = 3.0  # for comparing the speed with float's
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +59,58 @@ class Calibration:
     features: Features
     chosen: tuple[int, ...]
     held_out: tuple[int, ...]
+
+
+def calibrate(
+    given: Iterable[object], encoder: Encoder, ladder: Ladder, scheme: Scheme, *, planned: bool, report: Report
+) -> Calibration | None:
+    """Return the user's texts as calibration; None where ``"int8-dynamic"``, which needs none, has token counts.
+
+    Texts longer than the ladder are cut to it.
+
+    Args:
+        planned: nobody chose the lengths of the ladder: joined texts may stand in for those that have too few.
+        report: is told of that.
+
+    Raises:
+        DataError: token counts, or a length of the ladder with too few texts.
+    """
+    dynamic = scheme == "int8-dynamic"  # takes nothing from texts, and is judged by those there are
+    items = [given] if isinstance(given, (str, bytes, dict)) else list(given)
+    if any(isinstance(item, (int, np.integer)) for item in items):
+        if dynamic:
+            return None
+        raise DataError(f"quantize={scheme!r} needs texts, calibration_dataset has token counts; give texts")
+    texts = check_texts(items)
+    features = encoder(texts, truncation=Truncation(max_length=ladder.max_length))
+    if planned and not dynamic:
+        features = _filled(features, texts, encoder, ladder, report)
+    return calibration(features, ladder, needed=0 if dynamic else NEEDED)
+
+
+def _filled(features: Features, texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> Features:
+    """Return the rows with joined texts for lengths that a plan has and too few texts, such as the model's maximum."""
+    holders = [ladder.choose(length).length for length in features.lengths]
+    few = [length for length in ladder.lengths if holders.count(length) < NEEDED]
+    if few:
+        report(f"too few calibration texts for length {', '.join(map(str, few))}: joined ones stand in for them")
+    for length in few:
+        n = -(-length // max(1, min(features.lengths) - encoder.min_length))  # texts that reach it in any case
+        more = encoder(_joined(texts, n), truncation=Truncation(max_length=length))
+        columns = {name: [*column, *more.columns[name]] for name, column in features.columns.items()}
+        features = replace(features, lengths=(*features.lengths, *more.lengths), columns=columns)
+    return features
+
+
+def _joined(texts: Sequence[Text], n: int) -> list[Text]:
+    """Return some texts, each of ``n`` of the given ones."""
+    pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+    found: list[Text] = []
+    for number in range(2 * NEEDED):
+        parts = [pairs[(number * 7 + place) % len(pairs)] for place in range(n)]
+        first, second = (" ".join(part[side] for part in parts) for side in (0, 1))
+        found.append((first, second) if second.strip() else first)
+    return found
 
 
 def calibration(features: Features, ladder: Ladder, *, needed: int = NEEDED) -> Calibration:
@@ -256,6 +315,18 @@ class _Work:
         folder = self.place / f"kept-{kept}"
         folder.mkdir()
         return folder
+
+
+def speed(artifact: Artifact, folder: Path, encoder: Encoder) -> dict[str, float]:
+    """Return, per bucket, seconds of a run in float over seconds of one with the graph in ``folder``, on one thread."""
+    manifest = artifact.manifest
+    names = tuple(spec.name for spec in manifest.signature.outputs)
+    systems: dict[str, dict[Bucket, Session]] = {}
+    for name, path in (("float", artifact.path(GRAPH)), ("int8", folder / GRAPH)):
+        engine = open_graph(path, EngineOptions(threads=1))
+        systems[name] = {bucket: OrtSession(bucket, engine, names) for bucket in manifest.ladder}
+    found = compare(systems, sampler(encoder, manifest.signature, manifest.vocab_size), budget_s=_COMPARED_S)
+    return {bucket.name: seconds / found["int8"][bucket] for bucket, seconds in found["float"].items()}
 
 
 def _relative_error(inputs: NDArray[np.float32], weights: NDArray[np.float32]) -> float:
