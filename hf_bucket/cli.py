@@ -263,19 +263,19 @@ def _watch(rows: Iterable[T], what: str, total: int) -> Iterable[T]:
 def _tune(options: argparse.Namespace) -> int:
     from hf_bucket.artifact import open_artifact
     from hf_bucket.describe import describe_choice, describe_costs, describe_providers
-    from hf_bucket.machine import available_bytes
-    from hf_bucket.preflight import choose, choose_provider, provider_ratios
+    from hf_bucket.preflight import Trial, choose_mode, choose_provider, provider_ratios, room
     from hf_bucket.runner import Runner, RunOptions
     from hf_bucket.session_ort import EngineOptions
 
     artifact, choice = open_artifact(options.artifact), None
     asked = EngineOptions(mode="shared" if options.mode == "auto" else options.mode, provider=options.provider)
     part = options.seconds / (1 + (options.mode == "auto") + (options.provider == "auto"))
-    provider = choose_provider(artifact, asked, budget_s=part, available=available_bytes(), again=True)
+    trial = Trial(budget_s=part, available=room(None), again=True)
+    provider = choose_provider(artifact, asked, trial)
     ratios = provider_ratios(artifact, asked)
     engine = replace(asked, provider=provider)
     if options.mode == "auto":
-        choice = choose(artifact, replace(engine, mode="auto"), budget_s=part, again=True)
+        choice = choose_mode(artifact, replace(engine, mode="auto"), trial)
         engine = replace(engine, mode=choice.mode)
     runner = Runner(artifact, RunOptions(engine=engine))
     costs = runner.measure(part)

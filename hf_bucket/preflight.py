@@ -93,35 +93,43 @@ def takes(artifact: Artifact, options: EngineOptions) -> Footprint:
     return footprint(artifact.manifest, mode=mode, at_once=many.workers, sets=sets, copies=copies)
 
 
-def settle(
-    artifact: Artifact,
-    options: EngineOptions,
-    *,
-    engine: Engine,
-    batches: Batches,
-    memory_bytes: int | None,
-    budget_s: float,
-) -> EngineOptions:
-    """Return the options with a provider and a mode that are not ``"auto"``, once it is known that sessions fit.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """How ways of running a ladder are compared.
 
-    Args:
-        engine: makes the sessions that are compared.
-        batches: makes what a bucket runs on.
-        memory_bytes: that may be taken; None is what the machine has.
-        budget_s: seconds to spend on comparing, where this machine has not done so for this ladder yet.
+    Attributes:
+        budget_s: seconds to spend, about, where this machine has not compared them yet; 0 measures nothing.
+        available: bytes of memory there are; None is plenty.
+        engine: makes the sessions.
+        batches: makes what a bucket runs on; None is a row that looks like a text.
+        again: compare even though the cache has figures for this ladder.
+    """
+
+    budget_s: float
+    available: int | None
+    engine: Engine = open_sessions
+    batches: Batches | None = None
+    again: bool = False
+    clock: Clock = time.perf_counter
+
+
+def room(memory_bytes: int | None) -> int | None:
+    """Return the bytes of memory that may be taken: those given, or what the machine has; None where nobody knows."""
+    return available_bytes() if memory_bytes is None else memory_bytes
+
+
+def settle(artifact: Artifact, options: EngineOptions, trial: Trial) -> EngineOptions:
+    """Return the options with a provider and a mode that are not ``"auto"``, once it is known that sessions fit.
 
     Raises:
         LadderError: the sessions do not fit.
     """
-    available = available_bytes() if memory_bytes is None else memory_bytes
+    open_questions = (options.provider == "auto") + (options.mode == "auto")
+    trial = replace(trial, budget_s=trial.budget_s / max(1, open_questions))
     shared = replace(options, mode="shared") if options.mode == "auto" else options
-    check_fits(takes(artifact, shared), available)
-    provider = choose_provider(artifact, shared, budget_s=budget_s, engine=engine, batches=batches, available=available)
-    options = replace(options, provider=provider)
-    if options.mode != "auto":
-        return options
-    choice = choose(artifact, options, budget_s=budget_s, engine=engine, batches=batches, memory_bytes=memory_bytes)
-    return replace(options, mode=choice.mode)
+    check_fits(takes(artifact, shared), trial.available)
+    options = replace(options, provider=choose_provider(artifact, shared, trial))
+    return options if options.mode != "auto" else replace(options, mode=choose_mode(artifact, options, trial).mode)
 
 
 def after_fork(asked: EngineOptions, settled: EngineOptions) -> EngineOptions:
@@ -137,41 +145,25 @@ def after_fork(asked: EngineOptions, settled: EngineOptions) -> EngineOptions:
     return replace(settled, provider=CPU)
 
 
-def choose_provider(
-    artifact: Artifact,
-    options: EngineOptions,
-    *,
-    budget_s: float,
-    engine: Engine = open_sessions,
-    batches: Batches | None = None,
-    available: int | None = None,
-    again: bool = False,
-    clock: Clock = time.perf_counter,
-) -> str:
+def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) -> str:
     """Return what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
 
     Faster is one that is clearly so for as many batches at once as would run in use, since what engines take from each
     other counts, and no slower for a request of one row. The figures stay in this machine's cache. Runs too short to
     tell anything apart are the CPU provider's.
-
-    Args:
-        budget_s: seconds to spend, about; 0 measures nothing.
-        available: memory there is; None is plenty.
-        again: measure even though the cache has figures for this ladder.
     """
     if options.provider != "auto":
         return options.provider
     fitting = [
         name
         for name in auto_providers()
-        if available is None or takes(artifact, replace(options, provider=name)).total <= available
+        if trial.available is None or takes(artifact, replace(options, provider=name)).total <= trial.available
     ]
     path = _figures(artifact, options, f"providers-{options.mode}")
-    kept = {} if again else _ratios(path)
+    kept = {} if trial.again else _ratios(path)
     missing = [name for name in fitting if name not in kept]
-    if missing and budget_s and (again or read_figures(path).get("short") is not True):
-        made = batches or _texts(artifact)
-        found = _compare_providers(artifact, options, missing, engine, made, budget_s=budget_s, clock=clock)
+    if missing and trial.budget_s and (trial.again or read_figures(path).get("short") is not True):
+        found = _compare_providers(artifact, options, missing, trial)
         kept |= found or {}
         figures = {name: asdict(ratios) for name, ratios in kept.items()}
         write_figures(path, {"short": True} if found is None else figures)
@@ -217,47 +209,41 @@ def _ratios(path: Path) -> dict[str, Ratios]:
 
 
 def _compare_providers(
-    artifact: Artifact,
-    options: EngineOptions,
-    names: Sequence[str],
-    engine: Engine,
-    batches: Batches,
-    *,
-    budget_s: float,
-    clock: Clock,
+    artifact: Artifact, options: EngineOptions, names: Sequence[str], trial: Trial
 ) -> dict[str, Ratios] | None:
     """Return the ratios of every provider that can run the model; None where the runs are too short to be worth it."""
+    part, batches = _usual(artifact), trial.batches or _texts(artifact)
+    each = replace(trial, budget_s=trial.budget_s / (2 * len(names)))
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(contextlib.closing(Workers(options.for_many_batches().workers)))
-        ways = _Ways(_usual(artifact), replace(options, provider=CPU), engine, workers)
+        ways = _Ways(part, replace(options, provider=CPU), trial.engine, workers)
         own = stack.enter_context(contextlib.closing(ways))
         largest = max(own.many, key=lambda bucket: bucket.cells)
-        if compare({CPU: {largest: own.many[largest]}}, batches, budget_s=0.0, clock=clock)[CPU][largest] < _WORTH_S:
+        alone = {CPU: {largest: own.many[largest]}}
+        if compare(alone, batches, budget_s=0.0, clock=trial.clock)[CPU][largest] < _WORTH_S:
             return None
         ratios = {}
         for name in names:
             try:
-                other = _Ways(_usual(artifact), replace(options, provider=name), engine, workers)
+                other = _Ways(part, replace(options, provider=name), trial.engine, workers)
             except (ArtifactError, ProviderError) as error:
                 warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=6)
                 continue
             stack.enter_context(contextlib.closing(other))
-            many, one = (
-                _ratio(mine, theirs, batches, budget_s=budget_s / (2 * len(names)), clock=clock)
-                for mine, theirs in ((own.many, other.many), (own.one, other.one))
+            ratios[name] = Ratios(
+                many=_ratio(own.many, other.many, batches, each), one=_ratio(own.one, other.one, batches, each)
             )
-            ratios[name] = Ratios(many=many, one=one)
         return ratios
 
 
-def _ratio(own: Sessions, other: Sessions, batches: Batches, *, budget_s: float, clock: Clock) -> float:
+def _ratio(own: Sessions, other: Sessions, batches: Batches, trial: Trial) -> float:
     """Return the other's time over one's own, for a run of every bucket one after another: engines that prepare for a
     shape when it changes have to do so here as in use.
     """
     feeds = {bucket: batches(bucket) for bucket in own}
     first = next(iter(own))
     systems = {"own": {first: _OneOfEach(own, feeds)}, "other": {first: _OneOfEach(other, feeds)}}
-    found = compare(systems, lambda bucket: {}, budget_s=budget_s, clock=clock)
+    found = compare(systems, lambda bucket: {}, budget_s=trial.budget_s, clock=trial.clock)
     return found["other"][first] / found["own"][first]
 
 
@@ -321,36 +307,16 @@ class _AtOnce:
         self.session.close()
 
 
-def choose(
-    artifact: Artifact,
-    options: EngineOptions,
-    *,
-    budget_s: float,
-    engine: Engine = open_sessions,
-    batches: Batches | None = None,
-    memory_bytes: int | None = None,
-    again: bool = False,
-    clock: Clock = time.perf_counter,
-) -> Choice:
-    """Return which mode is faster here and fits; what was measured stays in this machine's cache.
-
-    Args:
-        budget_s: seconds to spend, about; 0 measures nothing.
-        engine: makes the sessions that are compared.
-        batches: makes what a bucket runs on; None is a row that looks like a text.
-        memory_bytes: that may be taken; None is what the machine has.
-        again: measure even though the cache has figures for this ladder.
-    """
-    available = available_bytes() if memory_bytes is None else memory_bytes
+def choose_mode(artifact: Artifact, options: EngineOptions, trial: Trial) -> Choice:
+    """Return which mode is faster here and fits; what was measured stays in this machine's cache."""
     static = takes(artifact, replace(options, mode="static")).total
-    choice = Choice(seconds={}, static_bytes=static, available=available)
+    choice = Choice(seconds={}, static_bytes=static, available=trial.available)
     path = _figures(artifact, options, f"{resolve_provider(options.provider)}-modes")
-    kept = {} if again else _read(path)
+    kept = {} if trial.again else _read(path)
     if kept or not choice.fits:
         return replace(choice, seconds=kept)
-    if budget_s:
-        made = batches or _texts(artifact)
-        choice = replace(choice, seconds=_compare(artifact, options, engine, made, budget_s=budget_s, clock=clock))
+    if trial.budget_s:
+        choice = replace(choice, seconds=_compare_modes(artifact, options, trial))
         write_figures(path, choice.to_json())
     return choice
 
@@ -387,14 +353,13 @@ def _few(artifact: Artifact) -> Artifact:
     return replace(artifact, manifest=replace(artifact.manifest, ladder=Ladder(tuple(few))))
 
 
-def _compare(
-    artifact: Artifact, options: EngineOptions, engine: Engine, batches: Batches, *, budget_s: float, clock: Clock
-) -> Seconds:
+def _compare_modes(artifact: Artifact, options: EngineOptions, trial: Trial) -> Seconds:
     """Open a few buckets in both modes, time them in turns, and close them again."""
     part, many = _few(artifact), options.for_many_batches()
-    shared, static = (engine(part, replace(many, mode=mode)) for mode in ("shared", "static"))
+    batches = trial.batches or _texts(artifact)
+    shared, static = (trial.engine(part, replace(many, mode=mode)) for mode in ("shared", "static"))
     try:
-        found = compare({"shared": shared, "static": static}, batches, budget_s=budget_s, clock=clock)
+        found = compare({"shared": shared, "static": static}, batches, budget_s=trial.budget_s, clock=trial.clock)
         return {bucket.name: (seconds, found["static"][bucket]) for bucket, seconds in found["shared"].items()}
     finally:
         for session in [*shared.values(), *static.values()]:

@@ -24,7 +24,7 @@ from hf_bucket.errors import ArtifactError, BucketWarning, InputError, TooLongEr
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import machine_folder
 from hf_bucket.overflow import Overflow, OverflowLike, Side, make_overflow
-from hf_bucket.preflight import after_fork, check_memory_bytes, settle
+from hf_bucket.preflight import Trial, after_fork, check_memory_bytes, room, settle
 from hf_bucket.probes import sample_batch
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions, resolve_provider
@@ -96,14 +96,13 @@ class Runner:
         self._encoder: Encoder | None = None
         self._counts = Counts()
         self._lock = threading.Lock()
-        self._one = settle(
-            artifact,
-            self.options.engine,
+        trial = Trial(
+            budget_s=self.options.measure_s / 2,
+            available=room(self.options.memory_bytes),
             engine=engine,
             batches=self._sample,
-            memory_bytes=self.options.memory_bytes,
-            budget_s=self.options.measure_s / 2,
         )
+        self._one = settle(artifact, self.options.engine, trial)
         self._many = self._one.for_many_batches()
         self._workers = Workers(self._many.workers)
         self._opened: dict[tuple[int, int], Mapping[Bucket, Session]] = {}  # by threads of a run, and runs at once

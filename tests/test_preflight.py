@@ -27,7 +27,7 @@ from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.describe import describe_choice
 from hf_bucket.errors import ArtifactError, BucketWarning
 from hf_bucket.ladder import Bucket, make_ladder
-from hf_bucket.preflight import Choice, after_fork, choose, choose_provider, provider_ratios, settle
+from hf_bucket.preflight import Choice, Trial, after_fork, choose_mode, choose_provider, provider_ratios, settle
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session import FakeSession
 from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions
@@ -88,8 +88,12 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
 
 
 def chosen(artifact: Artifact, bench: Bench, **options: object) -> Choice:
-    given: dict = {"budget_s": 100.0, "engine": bench, "clock": bench.clock, **options}
-    return choose(artifact, AUTO, **given)
+    return choose_mode(artifact, AUTO, trial(bench, **options))
+
+
+def trial(bench: Bench, **options: object) -> Trial:
+    given: dict = {"budget_s": 100.0, "available": None, "engine": bench, "clock": bench.clock, **options}
+    return Trial(**given)
 
 
 # choosing
@@ -124,7 +128,7 @@ def test_the_faster_mode_is_chosen_from_a_few_buckets(artifact: Artifact, ratio:
 
 def test_static_is_not_even_measured_where_it_does_not_fit(artifact: Artifact) -> None:
     bench = Bench(0.5)
-    choice = chosen(artifact, bench, memory_bytes=1)
+    choice = chosen(artifact, bench, available=1)
     assert (choice.mode, choice.fits, bench.opened) == ("shared", False, [])
 
 
@@ -152,8 +156,7 @@ class Rival(Bench):
 
 
 def provided(artifact: Artifact, bench: Bench, **options: object) -> str:
-    given: dict = {"budget_s": 100.0, "engine": bench, "clock": bench.clock, **options}
-    return choose_provider(artifact, EngineOptions(workers=2), **given)
+    return choose_provider(artifact, EngineOptions(workers=2), trial(bench, **options))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Rival(0.5)
-    assert choose_provider(artifact, replace(AUTO, provider=CPU), budget_s=9.0, engine=bench) == CPU
+    assert choose_provider(artifact, replace(AUTO, provider=CPU), trial(bench)) == CPU
     monkeypatch.setattr(preflight, "auto_providers", list)
     assert provided(artifact, bench) == CPU
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
@@ -251,8 +254,25 @@ def test_a_forked_child_of_a_model_that_auto_put_on_openvino_says_that_it_runs_e
 def test_what_is_settled_leaves_nothing_open(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "choose_provider", lambda *arguments, **options: OPENVINO)
     bench = Bench(0.5)
-    found = settle(artifact, AUTO, engine=bench, batches=lambda bucket: {}, memory_bytes=None, budget_s=1e-9)
+    found = settle(artifact, AUTO, trial(bench, batches=lambda bucket: {}, budget_s=1e-9))
     assert (found.provider, found.mode in ("shared", "static")) == (OPENVINO, True)
+
+
+def test_open_questions_share_the_budget(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[float] = []
+
+    def provider(artifact: Artifact, options: EngineOptions, one: Trial) -> str:
+        spent.append(one.budget_s)
+        return CPU
+
+    def mode(artifact: Artifact, options: EngineOptions, one: Trial) -> Choice:
+        spent.append(one.budget_s)
+        return Choice(seconds={}, static_bytes=1, available=None)
+
+    monkeypatch.setattr(preflight, "choose_provider", provider)
+    monkeypatch.setattr(preflight, "choose_mode", mode)
+    settle(artifact, AUTO, trial(Bench(1.0), budget_s=3.0))
+    assert spent == [1.5, 1.5]
 
 
 # keeping
@@ -263,7 +283,7 @@ def test_a_machine_compares_a_ladder_once(artifact: Artifact) -> None:
     again = Bench(2.0)
     assert (chosen(artifact, again).mode, again.opened) == ("static", [])
     assert chosen(artifact, again, budget_s=0.0).mode == "static"
-    assert chosen(artifact, again, memory_bytes=1).mode == "shared", "memory is looked at every time"
+    assert chosen(artifact, again, available=1).mode == "shared", "memory is looked at every time"
     assert chosen(artifact, again, again=True).mode == "shared"
     assert chosen(artifact, Bench(0.5)).mode == "shared"
 
@@ -307,7 +327,7 @@ def test_a_runner_opens_the_mode_that_was_chosen(
 ) -> None:
     bench = Bench(ratio)
     figures = {bucket.name: (1.0, ratio) for bucket in LADDER}
-    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: figures)
+    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: figures)
     runner = Runner(artifact, RunOptions(engine=AUTO, measure_s=1e-9), engine=bench)
     assert bench.opened[-1] == (mode, len(LADDER))
     assert runner.options.engine.mode == "auto", "what was asked for, so that another machine chooses for itself"
@@ -330,7 +350,7 @@ def test_the_answer_is_the_same_also_after_pickling_and_in_a_forked_child(
 ) -> None:
     expected = np.stack([row["logits"] for row in hf_bucket.load(compiled.folder)(TEXTS)])
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: {"b1_s8": (1.0, ratio)})
+    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: {"b1_s8": (1.0, ratio)})
     runner = hf_bucket.load(compiled.folder, mode="auto")
     for one in (runner, pickle.loads(pickle.dumps(runner))):
         assert np.abs(np.stack([row["logits"] for row in one(TEXTS)]) - expected).max() < 1e-5
@@ -353,7 +373,7 @@ def test_a_model_is_loaded_with_what_was_really_measured(
     figures = json.loads(path.read_text(encoding="utf-8"))
     assert figures["mode"] in ("shared", "static")
     assert all(value > 0 for pair in figures["seconds"].values() for value in pair.values())
-    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: pytest.fail("measured twice"))
+    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: pytest.fail("measured twice"))
     hf_bucket.load(compiled.folder, mode="auto")
 
 
@@ -361,7 +381,7 @@ def test_tune_says_which_mode_and_why(
     compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preflight, "_compare", lambda *arguments, **options: {"b1_s8": (0.004, 0.003)})
+    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: {"b1_s8": (0.004, 0.003)})
     assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1"]) == 0
     out = capfd.readouterr().out
     assert "mode static: static takes 0.750 of shared's time, and is chosen at 0.97 or less" in out
