@@ -26,7 +26,7 @@ from hf_bucket.fuse import choose_fusion
 from hf_bucket.fusions import FUSIONS
 from hf_bucket.graph import adopt, load_graph, save_graph, specialise
 from hf_bucket.histogram import Histogram
-from hf_bucket.ladder import Bucket, Ladder
+from hf_bucket.ladder import Bucket, Ladder, is_auto
 from hf_bucket.machine import available_bytes
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FusionChoice, Manifest, Validation
 from hf_bucket.memory import check_fits, footprint
@@ -99,7 +99,7 @@ def _check_joint(buckets: object, batch_sizes: str, calibration: object) -> None
     """Raise a LadderError unless batch sizes can be chosen: for automatic lengths of known texts."""
     if batch_sizes != "auto":
         raise LadderError(f'batch_sizes must be a list such as [1, 8], or "auto"; got {batch_sizes!r}')
-    if buckets is not None and not (isinstance(buckets, str) and buckets == "auto"):
+    if buckets is not None and not is_auto(buckets):
         raise LadderError(
             f'batch_sizes="auto" is for buckets="auto", got {buckets!r}; give batch sizes, or drop buckets'
         )
@@ -166,7 +166,7 @@ def compile_model(
     files = locate(source, export=wanted.export, manifest=MANIFEST, hub=hub)
     if files.kind == "artifact":
         given = _with_ladder(open_artifact(files.folder), wanted, report)
-        return _quantized(given, wanted, report, planned=wanted.buckets == "auto")
+        return _quantized(given, wanted, report, planned=is_auto(wanted.buckets))
     row = get_task(task)
     checkpoint = files.kind == "checkpoint"
     job = _checkpoint_job(files, source, row, wanted) if checkpoint else _graph_job(files, source, row)
@@ -175,7 +175,8 @@ def compile_model(
         plain = _plain_ladder(job.encoder, job.facts.max_length)
         return _quantized(_with_ladder(_cached(job, plain, report), known, report), wanted, report, planned=True)
     ladder = _ladder(wanted, job.encoder, job.facts.max_length, report)
-    return _quantized(_cached(job, ladder, report), wanted, report, planned=wanted.buckets in (None, "auto"))
+    planned = wanted.buckets is None or is_auto(wanted.buckets)
+    return _quantized(_cached(job, ladder, report), wanted, report, planned=planned)
 
 
 def plain_ladder(artifact: Artifact) -> Ladder:
@@ -303,7 +304,7 @@ def _ladder(
     histogram = None
     if options.calibration is not None:
         histogram = Histogram.from_lengths(_calibration_lengths(options.calibration, encoder))
-    elif buckets == "auto":
+    elif is_auto(buckets):
         report('no calibration_dataset for buckets="auto": taking lengths in even steps of size instead')
     return resolve_ladder(
         buckets,

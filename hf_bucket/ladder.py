@@ -141,6 +141,11 @@ class Ladder:
         return tuple(b for b in self.buckets if b.length == length)
 
 
+def is_auto(buckets: object) -> bool:
+    """Return whether ``buckets`` leaves the choice to a plan; arrays and lists, which compare item by item, do not."""
+    return isinstance(buckets, str) and buckets == "auto"
+
+
 def make_ladder(buckets: int | Sequence[object] | Ladder, *, batch_sizes: Sequence[int] | None = None) -> Ladder:
     """Build a text ladder from what users write.
 

@@ -16,7 +16,7 @@ from hf_bucket.assign import assign
 from hf_bucket.errors import LadderError
 from hf_bucket.histogram import Histogram, tokens
 from hf_bucket.joint import BATCH_SIZES, WINDOW, Limits, RunCost, best_ladder, run_seconds
-from hf_bucket.ladder import Bucket, Ladder, _size, cross, make_ladder
+from hf_bucket.ladder import Bucket, Ladder, _size, cross, is_auto, make_ladder
 
 Cost: TypeAlias = Callable[[int], float]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -178,7 +178,7 @@ def resolve_ladder(
     """
     longest = UNLIMITED_CAP if histogram is None else histogram.max
     cap = max(min_length, longest if max_length is None else min(max_length, max(PRESET_CAP, longest)))
-    if buckets == "auto" and histogram is not None:
+    if is_auto(buckets) and histogram is not None:
         rows = histogram.clip(shortest=min_length, longest=cap)
         ladder = plan(rows, n_buckets=n_buckets, cost=cost, batch_sizes=batch_sizes, max_length=cap).ladder
     else:

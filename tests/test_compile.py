@@ -521,3 +521,11 @@ def test_an_artifact_can_be_checked_again_and_a_wrong_weight_shows(artifact: Art
     (values * np.float32(1.01)).tofile(weights)
     with pytest.raises(ExportError, match="does not give the torch answer"):
         check_buckets(Artifact(folder=tmp_path / "bent", manifest=artifact.manifest))
+
+
+def test_lengths_may_come_as_an_array(tiny_bert: Path) -> None:
+    options = CompileOptions(buckets=np.array([8, 16]), batch_sizes=[1])
+    made = compile_model(Source(name=str(tiny_bert)), options, report=lambda line: None)
+    assert made.manifest.ladder.lengths == (8, 16)
+    again = compile_model(Source(name=str(made.folder)), options, report=lambda line: None)
+    assert again.manifest.ladder == made.manifest.ladder

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_bucket.errors import LadderError, TooLongError
-from hf_bucket.ladder import DEFAULT_BATCH_SIZES, Bucket, Ladder, cross, make_ladder
+from hf_bucket.ladder import DEFAULT_BATCH_SIZES, Bucket, Ladder, cross, is_auto, make_ladder
 
 sizes = st.lists(st.integers(1, 64), min_size=1, max_size=6, unique=True)
 pairs = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 64)), min_size=1, max_size=8, unique=True)
@@ -198,3 +198,11 @@ def test_buckets_and_ladders_cannot_be_changed() -> None:
 def test_equal_ladders_have_equal_hashes_and_survive_pickling() -> None:
     ladder = make_ladder([64, 128])
     assert len({ladder, make_ladder([128, 64]), pickle.loads(pickle.dumps(ladder))}) == 1
+
+
+@pytest.mark.parametrize(
+    "buckets", [None, "pow2", 8, [], ["auto"], np.array([]), np.array([8, 16]), np.array(["auto"])]
+)
+def test_only_the_word_auto_leaves_the_choice_to_a_plan(buckets: object) -> None:
+    assert not is_auto(buckets)
+    assert is_auto("auto")
