@@ -155,16 +155,17 @@ def describe_costs(costs: Costs, ladder: Ladder) -> str:
     rows: list[tuple[str, ...]] = [("bucket", "ms a run", "us a cell", "from", "ms on every core")]
     for bucket in ladder:
         seconds, origin = costs(bucket), "measured" if bucket in costs.seconds else "predicted"
-        alone = f"{costs.alone[bucket] * 1e3:.3g}" if bucket in costs.alone else "-"
-        rows.append((bucket.name, f"{seconds * 1e3:.3g}", f"{seconds * 1e6 / bucket.cells:.3g}", origin, alone))
+        whole = f"{costs.alone[bucket] * 1e3:.3g}" if bucket in costs.alone else "-"
+        rows.append((bucket.name, f"{seconds * 1e3:.3g}", f"{seconds * 1e6 / bucket.cells:.3g}", origin, whole))
     many = "at once, one thread each" if costs.at_once else "one after another, each on every core"
     used = (
         ""
         if costs.tell
         else "\nThese runs are too short to tell buckets apart: rows go to the smallest that holds them."
     )
-    lone = f"A request of one row runs on every core, but for {len(costs.quick)} of {len(costs.alone)} buckets."
-    single = f" {lone}" if costs.alone else ""
+    alone = [bucket for bucket in ladder if bucket in costs.alone]
+    quick = len(costs.quick.intersection(alone))
+    single = f" A request of one row runs on every core, but for {quick} of {len(alone)} buckets." if alone else ""
     return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{single}{used}"
 
 

@@ -16,6 +16,7 @@ from hf_bucket.artifact import Artifact
 from hf_bucket.assign import cells_cost
 from hf_bucket.batch import Array
 from hf_bucket.costs import TURNS, Costs, compare, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.describe import describe_costs
 from hf_bucket.errors import InputError
 from hf_bucket.ladder import Bucket, Ladder, make_ladder
 from hf_bucket.runner import Runner, RunOptions
@@ -164,6 +165,15 @@ def test_what_is_compared_is_compared_by_every_system_and_within_the_budget_but_
     assert SMALL in found["one"]
     one_turn = 2 * 2.0 + 2 * 2 * 0.0018 * LARGE.cells
     assert time.now <= budget_s + 2 * one_turn
+
+
+def test_what_is_told_of_single_requests_is_of_this_ladder() -> None:
+    """The cache has costs of other ladders too."""
+    others = make_ladder([99], batch_sizes=[1]).buckets
+    costs = Costs(seconds={SMALL: 0.5, others[0]: 1.0}, alone={SMALL: 0.5, others[0]: 2.0})
+    told = describe_costs(costs, make_ladder([8], batch_sizes=[1]))
+    assert "A request of one row runs on every core, but for 1 of 1 buckets." in told
+    assert "99" not in told
 
 
 # predicting
