@@ -43,7 +43,7 @@ class System:
 REFERENCE = System(name="torch, one at a time", engine="torch", options={"batch_size": 1, "sort": False})
 
 # hf_bucket's own variants: keywords of hf_bucket.pipeline. The first is the one that all others are compared with.
-_AUTO = {"buckets": "auto", "n_buckets": 32}
+_AUTO = {"buckets": "auto", "n_buckets": 64}
 BUCKETED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         OURS: _AUTO,
