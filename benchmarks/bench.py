@@ -68,7 +68,7 @@ class Request:
         return self.build / "texts" / f"{self.data.name}-{self.model_name}.json"
 
     def job(self, system: System) -> dict[str, Any]:
-        """Return what ``worker.Job`` takes."""
+        """Return what ``worker_engines.Job`` takes."""
         longest = max(self.lengths)
         return {
             "engine": system.engine,

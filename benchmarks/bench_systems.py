@@ -27,7 +27,7 @@ class System:
     """One row of the table.
 
     Attributes:
-        engine: a key of ``worker.ENGINES``.
+        engine: a key of ``worker_engines.ENGINES``.
         environment: a table of ``environments.toml``, or ``PROJECT``.
         options: of the engine; for hf_bucket the keywords of its ``pipeline``.
         prepared: what it exports first is kept under this name, which systems may share; empty if it exports nothing.

@@ -19,7 +19,7 @@ from hf_bucket.errors import ArtifactError, BucketError
 if TYPE_CHECKING:
     from hf_bucket.advise import Advice
     from hf_bucket.artifact import Artifact
-    from hf_bucket.certificate import TextFile
+    from hf_bucket.evidence import TextFile
     from hf_bucket.manifest import Certificate
     from hf_bucket.source import Source
 
@@ -192,8 +192,9 @@ def _print_artifact(artifact: Artifact, options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> int:
     from hf_bucket.artifact import open_artifact
-    from hf_bucket.certificate import certify, probe_evidence, shared_graph, text_evidence, variants
+    from hf_bucket.certificate import certify, shared_graph, variants
     from hf_bucket.describe import describe_certificates, describe_failure
+    from hf_bucket.evidence import probe_evidence, text_evidence
 
     texts = _validated_texts(options)
     artifact = open_artifact(options.artifact)
@@ -225,7 +226,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _validated_texts(options: argparse.Namespace) -> TextFile | None:
     """Return the texts of ``--data``, and None where there is none."""
-    from hf_bucket.certificate import open_texts
+    from hf_bucket.evidence import open_texts
 
     if options.data is not None:
         columns = {name: getattr(options, name) for name in ("column", "pair_column", "label_column")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 import tempfile
 import time
@@ -14,35 +13,30 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, record_files, variant_name
+from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, variant_name
 from hf_bucket.cache import any_ladder, in_cache, model_key
 from hf_bucket.costs import Clock, Costs, read_costs
 from hf_bucket.data import read_column, read_dataset_column
 from hf_bucket.encode import Encoder, check_texts
+from hf_bucket.engines import costs_path
 from hf_bucket.errors import DataError, LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
-from hf_bucket.fuse import choose_fusion
+from hf_bucket.finish import finish
 from hf_bucket.fusions import FUSIONS
-from hf_bucket.graph import adopt, load_graph, save_graph, specialise
+from hf_bucket.graph import adopt, load_graph, save_graph
 from hf_bucket.histogram import Histogram
-from hf_bucket.ladder import Bucket, Ladder, is_auto
-from hf_bucket.machine import available_bytes
-from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, FusionChoice, Manifest, Validation
-from hf_bucket.memory import check_fits, footprint
+from hf_bucket.ladder import Ladder, is_auto
+from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from hf_bucket.planner import resolve_ladder
-from hf_bucket.probes import ATOL, PROBES, Probe, load_probes, probe_rows, sampler, save_probes, validate
+from hf_bucket.probes import ATOL, Probe, probe_rows, save_probes
 from hf_bucket.quantize import SCHEMES, Scheme, calibrate, quantize, speed
 from hf_bucket.recipe import Recipe
-from hf_bucket.runner import MEASURE_S, Runner, RunOptions, costs_path
-from hf_bucket.session import Session
+from hf_bucket.runner import MEASURE_S, Runner, RunOptions
 from hf_bucket.session_ort import (
     EngineOptions,
     Mode,
-    OrtSession,
     open_graph,
-    open_unpacked,
-    open_variant,
     resolve_provider,
 )
 from hf_bucket.source import Files, Hub, Source, locate
@@ -195,8 +189,10 @@ def measured_costs(artifact: Artifact, engine: EngineOptions, budget_s: float, r
     mode: Mode = "shared" if engine.mode == "auto" else engine.mode
     engine = replace(engine, mode=mode, provider=resolve_provider(engine.provider))
     plain, kept = plain_ladder(artifact), read_costs(costs_path(artifact, engine))
-    if plain.buckets[0] in kept.seconds:  # the first to be measured
-        return kept
+    # of this ladder only: with those of a planned ladder, measured when it is loaded, the next plan would be another
+    known = {bucket: kept.seconds[bucket] for bucket in plain if bucket in kept.seconds}
+    if plain.buckets[0] in known:  # the first to be measured
+        return replace(kept, seconds=known)
     runner = Runner(with_buckets(artifact, plain, report), RunOptions(engine=engine))
     report(f"measuring what a run of every bucket costs on this machine, for about {budget_s:g} s")
     try:
@@ -381,7 +377,7 @@ def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
             validation=(),
             files={},
         )
-        _finish(folder, manifest, report)
+        finish(folder, manifest, report)
 
     return in_cache(job.key, ladder, fill)
 
@@ -390,7 +386,7 @@ def _extend(artifact: Artifact, ladder: Ladder, folder: Path, report: Report) ->
     """Fill ``folder`` with the same model for another ladder."""
     variants = {variant_name(bucket) for bucket in artifact.manifest.ladder}
     link_files([artifact.path(name) for name in artifact.manifest.files if name not in variants], folder)
-    _finish(folder, replace(artifact.manifest, ladder=ladder), report)
+    finish(folder, replace(artifact.manifest, ladder=ladder), report)
 
 
 def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, planned: bool) -> Artifact:
@@ -422,70 +418,9 @@ def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, p
             made = quantize(artifact, scheme, texts, folder)
         made = replace(made, speed=speed(artifact, folder, encoder))
         source = {**manifest.source, "dtype": scheme}
-        _finish(folder, replace(manifest, source=source, quantization=made, fusion=None), report)
+        finish(folder, replace(manifest, source=source, quantization=made, fusion=None), report)
 
     return in_cache(_model_of(artifact, scheme, used, str(_versions())), manifest.ladder, fill)
-
-
-def _finish(folder: Path, manifest: Manifest, report: Report) -> None:
-    """Write and check the variants of a folder that holds everything else, then its manifest."""
-    report(f"specialising and checking {len(manifest.ladder)} buckets: {manifest.ladder}")
-    peaks = {
-        bucket.name: specialise(folder / GRAPH, bucket, manifest.signature, folder / variant_name(bucket))
-        for bucket in manifest.ladder
-    }
-    manifest = replace(manifest, memory={name: peak for name, peak in peaks.items() if peak is not None})
-    check_fits(footprint(replace(manifest, files=record_files(folder)), mode="static"), available_bytes())
-    if manifest.fusion is None:
-        manifest = replace(manifest, fusion=_fusion(folder, manifest, report))
-    draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
-    final = replace(draft.manifest, validation=check_buckets(draft), certificates=())
-    (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
-
-
-def _fusion(folder: Path, manifest: Manifest, report: Report) -> FusionChoice | None:
-    """Return what to make of the graph in a folder that has a tokenizer, by measurement."""
-    encoder = Encoder((folder / "tokenizer.json").read_text(encoding="utf-8"), inputs=manifest.signature.input_names)
-    reference, probes = load_probes(folder / PROBES)
-
-    def check(session: Session) -> None:
-        signature, atol = manifest.signature, ATOL["float32"]
-        validate(session.bucket, session, probes, signature, reference=reference, atol=atol)
-
-    exact = manifest.source["dtype"] == "float32" and manifest.padding_leak is None
-    with quiet(False):
-        return choose_fusion(
-            folder,
-            manifest.ladder,
-            sampler(encoder, manifest.signature, manifest.vocab_size),
-            check=check if exact else None,
-            report=report,
-        )
-
-
-def check_buckets(artifact: Artifact) -> tuple[Validation, ...]:
-    """Run the artifact's probes through every bucket, on its variant and on the shared graph, and return the worse.
-
-    Raises:
-        ExportError: a bucket does not give the reference's answer.
-        ArtifactError: a graph cannot be loaded.
-    """
-    manifest, options = artifact.manifest, EngineOptions()
-    reference, probes = load_probes(artifact.folder / PROBES)
-    atol = math.inf if manifest.padding_leak is not None else ATOL.get(manifest.source["dtype"], math.inf)
-    shared = open_unpacked(artifact, options)
-    checks = []
-    for bucket in manifest.ladder:
-        static = open_variant(artifact, bucket, options)
-        # the shared graph is one graph for every batch size: two rows tell what this length does to it
-        rows = Bucket(batch_size=min(2, bucket.batch_size), extent=bucket.extent)
-        both = [
-            validate(session.bucket, session, probes, manifest.signature, reference=reference, atol=atol)
-            for session in (static, OrtSession(rows, shared, static.output_names))
-        ]
-        worse = max(both, key=lambda check: (check.label_flips, check.max_abs_delta))
-        checks.append(replace(worse, bucket=bucket.name))
-    return tuple(checks)
 
 
 def _versions() -> dict[str, str]:

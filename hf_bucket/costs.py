@@ -42,11 +42,13 @@ class Costs:
         seconds: medians of what was measured.
         alone: the same of runs that have every core to themselves, of buckets that a request of one row runs in.
         at_once: whether several batches on one thread each were faster than one after another on every core.
+        left_out: buckets that there was no time for: nobody measures them again unless asked to.
     """
 
     seconds: Mapping[Bucket, float]
     alone: Mapping[Bucket, float] = field(default_factory=dict)
     at_once: bool = True
+    left_out: frozenset[Bucket] = frozenset()
 
     def __post_init__(self) -> None:
         if any(not 0 < value < float("inf") for value in (*self.seconds.values(), *self.alone.values())):
@@ -86,13 +88,25 @@ class Costs:
         """Return what ``from_json`` reads."""
         tables = {"seconds": self.seconds, "alone": self.alone}
         named = {key: {bucket.name: value for bucket, value in table.items()} for key, table in tables.items()}
-        return {"at_once": self.at_once, **named}
+        return {"at_once": self.at_once, "left_out": sorted(bucket.name for bucket in self.left_out), **named}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Costs:
         """Return the costs that ``to_json`` wrote; what cannot be read is left out, and is measured again."""
         tables = {key: _buckets(data.get(key)) for key in ("seconds", "alone")}
-        return cls(**tables, at_once=data.get("at_once") is not False)
+        names = data.get("left_out")
+        left_out = _buckets(dict.fromkeys(map(str, names), 1.0)) if isinstance(names, list) else {}
+        return cls(**tables, at_once=data.get("at_once") is not False, left_out=frozenset(left_out))
+
+    def joined(self, newer: Costs) -> Costs:
+        """Return these costs with newer ones, which count where both have a bucket."""
+        seconds = {**self.seconds, **newer.seconds}
+        return Costs(
+            seconds=seconds,
+            alone={**self.alone, **newer.alone},
+            at_once=newer.at_once,
+            left_out=(self.left_out | newer.left_out) - seconds.keys(),
+        )
 
 
 def _buckets(table: object) -> dict[Bucket, float]:
@@ -232,6 +246,4 @@ def read_costs(path: Path) -> Costs:
 
 def write_costs(path: Path, costs: Costs) -> None:
     """Keep costs in a file of the machine's cache, with those of other buckets that it has already."""
-    known = read_costs(path)
-    seconds, alone = {**known.seconds, **costs.seconds}, {**known.alone, **costs.alone}
-    write_figures(path, Costs(seconds=seconds, alone=alone, at_once=costs.at_once).to_json())
+    write_figures(path, read_costs(path).joined(costs).to_json())

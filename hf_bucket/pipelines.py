@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -172,30 +171,24 @@ class TextClassificationPipeline:
         iterator, row = iter(items), 0
         size = self._window if isinstance(items, list) else max(1, self._window // 2)
         ready: Callable[[], Features] | None = None
-        with contextlib.ExitStack() as stack:
-            tokens: ThreadPoolExecutor | None = None
-            while True:
-                texts: list[Text] = []
-                try:
-                    for item in islice(iterator, size):
-                        texts.append(check_text(item, row + len(texts)))
-                except Exception:
-                    if ready is not None:
-                        yield from self._run(ready(), options)
-                    yield from self._run(self._encode(texts, options, row), options)
-                    raise
-                following: Callable[[], Features] | None = None
-                if ready is None:
-                    following = partial(self._encode, texts, options, row)
-                elif texts:
-                    tokens = tokens or stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="hf_bucket-tokens"))
-                    following = tokens.submit(self._encode, texts, options, row).result
+        while True:
+            texts: list[Text] = []
+            try:
+                for item in islice(iterator, size):
+                    texts.append(check_text(item, row + len(texts)))
+            except Exception:
                 if ready is not None:
                     yield from self._run(ready(), options)
-                if not texts:
-                    return
-                row += len(texts)
-                ready = following
+                yield from self._run(self._encode(texts, options, row), options)
+                raise
+            following: Callable[[], Features] = partial(self._encode, texts, options, row)
+            if ready is not None:
+                following = _begun(following) if texts else following
+                yield from self._run(ready(), options)
+            if not texts:
+                return
+            row += len(texts)
+            ready = following
 
     def _classify(self, texts: Sequence[Text], options: CallOptions, first_row: int) -> list[Any]:
         return self._run(self._encode(texts, options, first_row), options)
@@ -236,6 +229,14 @@ class TextClassificationPipeline:
         order = np.argsort(-scores, kind="stable")
         ranked = [{"label": labels[index], "score": float(scores[index])} for index in order]
         return ranked[: options.top_k] if isinstance(options.top_k, int) else ranked
+
+
+def _begun(call: Callable[[], Features]) -> Callable[[], Features]:
+    """Start a call in a thread of its own, which ends with it; return what waits for the result."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="hf_bucket-tokens")
+    future = thread.submit(call)
+    thread.shutdown(wait=False)
+    return future.result
 
 
 class Stream:

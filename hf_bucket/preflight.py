@@ -32,6 +32,7 @@ from hf_bucket.session_ort import (
     auto_providers,
     open_sessions,
     resolve_provider,
+    versioned,
 )
 from hf_bucket.workers import Workers
 
@@ -160,12 +161,14 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
         if trial.available is None or takes(artifact, replace(options, provider=name)).total <= trial.available
     ]
     path = _figures(artifact, options, f"providers-{options.mode}")
-    kept = {} if trial.again else _ratios(path)
+    known = {} if trial.again else _ratios(path)
+    kept = {name: known[versioned(name)] for name in fitting if versioned(name) in known}
     missing = [name for name in fitting if name not in kept]
     if missing and trial.budget_s and (trial.again or read_figures(path).get("short") is not True):
         found = _compare_providers(artifact, options, missing, trial)
         kept |= found or {}
-        figures = {name: asdict(ratios) for name, ratios in kept.items()}
+        known |= {versioned(name): ratios for name, ratios in kept.items()}
+        figures = {name: asdict(ratios) for name, ratios in known.items()}
         write_figures(path, {"short": True} if found is None else figures)
     faster = [name for name in fitting if name in kept and kept[name].faster]
     return min(faster, key=lambda name: kept[name].many, default=CPU)
@@ -311,7 +314,7 @@ def choose_mode(artifact: Artifact, options: EngineOptions, trial: Trial) -> Cho
     """Return which mode is faster here and fits; what was measured stays in this machine's cache."""
     static = takes(artifact, replace(options, mode="static")).total
     choice = Choice(seconds={}, static_bytes=static, available=trial.available)
-    path = _figures(artifact, options, f"{resolve_provider(options.provider)}-modes")
+    path = _figures(artifact, options, f"{versioned(resolve_provider(options.provider))}-modes")
     kept = {} if trial.again else _read(path)
     if kept or not choice.fits:
         return replace(choice, seconds=kept)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,21 +15,18 @@ import numpy as np
 from hf_bucket.artifact import Artifact, open_artifact
 from hf_bucket.assign import Assignment, Cost, assign, cells_cost
 from hf_bucket.batch import Array, Features, PaddedBatch, Row, pad, pool, unpad
-from hf_bucket.costs import Clock, Costs, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.costs import Clock, Costs
 from hf_bucket.encode import Encoder, Text, Truncation, Windows, check_texts
+from hf_bucket.engines import Engines
 from hf_bucket.errors import ArtifactError, BucketWarning, InputError, TooLongError, too_long
 from hf_bucket.ladder import Bucket, Ladder
-from hf_bucket.machine import machine_folder
 from hf_bucket.overflow import Overflow, OverflowLike, Side, make_overflow
-from hf_bucket.preflight import Trial, after_fork, check_memory_bytes, room, settle
+from hf_bucket.preflight import Trial, check_memory_bytes, room
 from hf_bucket.probes import sample_batch
-from hf_bucket.session import Session
-from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions, resolve_provider
+from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dynamic, open_sessions
 from hf_bucket.stats import Counts
 from hf_bucket.tasks import Signature
-from hf_bucket.workers import Workers
 
-_ONE = Workers(1)
 MEASURE_S = 2.0  # what the doors, and joint plans, spend on measuring, once per model and machine
 
 
@@ -88,33 +82,33 @@ class Runner:
         self.artifact = artifact
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
-        self._cost, self._given_cost, self._at_once = cost, cost, True
-        self._quick: frozenset[Bucket] = frozenset()  # buckets whose run is no faster on every core than on one thread
+        self._cost, self._given_cost = cost, cost
         self._overflow = make_overflow(self.options.overflow)
-        self._engine, self._dynamic = engine, dynamic
-        self._exact: Callable[[Bucket], Session] | None = None
+        self._make, self._dynamic = engine, dynamic
         self._encoder: Encoder | None = None
         self._counts = Counts()
-        self._lock = threading.Lock()
         trial = Trial(
             budget_s=self.options.measure_s / 2,
             available=room(self.options.memory_bytes),
             engine=engine,
             batches=self._sample,
         )
-        self._one = settle(artifact, self.options.engine, trial)
-        self._many = self._one.for_many_batches()
-        self._workers = Workers(self._many.workers)
-        self._opened: dict[tuple[int, int], Mapping[Bucket, Session]] = {}  # by threads of a run, and runs at once
-        self._pid = 0
-        self._was_open = False
+        self._engines = Engines(
+            artifact,
+            self.options.engine,
+            trial,
+            batches=self._sample,
+            make=engine,
+            dynamic=dynamic,
+            warmup=self.options.warmup,
+        )
         self._warn_of_neighbours()
-        self._open()
+        self._engines.of_batches()
         if cost is None and self.options.measure_s:
             costs = self.measure(self.options.measure_s / 2, again=False)
-            self._at_once, self._quick = costs.at_once, costs.quick
+            self._engines.use(costs)
             self._cost = costs.of(self.ladder).__getitem__ if costs.tell else None
-            self._open()  # what single requests run on, now that it is known
+            self._engines.of_batches()  # what single requests run on, now that it is known
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
         """Return ``{"logits": array of shape (labels,)}`` for every text, in their order.
@@ -143,11 +137,11 @@ class Runner:
             kinds=self._kinds(features),
             promote=self._cost is not None,
         )
-        workers, sessions = self._open(len(assignments))
+        workers, sessions = self._engines.of_batches(len(assignments))
 
         def run_one(assignment: Assignment) -> tuple[PaddedBatch, dict[int, Row]]:
             batch = pad(features, assignment, self.signature)
-            session = sessions.get(batch.bucket) or self._session(batch.bucket)
+            session = sessions.get(batch.bucket) or self._engines.of_shape(batch.bucket)
             outputs = session.run(batch.arrays)
             self._check_labels(outputs)
             _check_finite(batch, outputs, features)
@@ -294,37 +288,11 @@ class Runner:
             budget_s: seconds to spend, about; buckets that go over it are predicted.
             again: measure even though the cache has costs for this ladder.
         """
-        path = costs_path(self.artifact, self._one)
-        kept = read_costs(path)
-        if kept.seconds and not again:
-            return kept
-        self._leave_parent()
-        with self._lock:
-            one, many = self._sessions(self._one), self._sessions(self._many)
-        workers = self._workers
-        if workers.n == 1:
-            costs = Costs(seconds=measure(many, self._sample, budget_s=budget_s, clock=clock))
-        else:
-            seconds = measure(many, self._sample, budget_s=budget_s * 2 / 3, clock=clock)
-            at_once = faster_at_once(one, many, workers, self._sample, seconds, clock)
-            single = {bucket: one[bucket] for bucket in self.ladder.smallest_batches()}
-            alone = measure(single, self._sample, budget_s=budget_s / 3, clock=clock)
-            costs = Costs(seconds=seconds, alone=alone, at_once=at_once)
-        write_costs(path, costs)
-        return read_costs(path) if read_costs(path).seconds else costs
+        return self._engines.measure(budget_s, again=again, clock=clock)
 
     def close(self) -> None:
-        """Release the sessions and end the worker threads; a later call opens them again.
-
-        What sessions computed in, the process keeps for the next ones: one arena serves them all.
-        """
-        self._leave_parent()
-        with self._lock:
-            opened, self._opened, self._exact = self._opened, {}, None
-            workers, self._workers = self._workers, Workers(self._many.workers)
-        workers.close()
-        for session in {id(session): session for sessions in opened.values() for session in sessions.values()}.values():
-            session.close()
+        """Release the sessions and end the worker threads; a later call opens them again."""
+        self._engines.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -332,64 +300,13 @@ class Runner:
             "options": self.options,
             "tokenizer_json": self._tokenizer_json,
             "cost": self._given_cost,
-            "engine": self._engine,
+            "engine": self._make,
             "dynamic": self._dynamic,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         artifact, options = open_artifact(state.pop("folder")), state.pop("options")
         Runner.__init__(self, artifact, options, **state)
-
-    def _open(self, batches: int = 1) -> tuple[Workers, Mapping[Bucket, Session]]:
-        """Return the sessions for a request of some batches, and what runs these.
-
-        A few batches run one after another, each on every core unless one thread was as fast; as many as there are
-        workers, or more, run at once. Engine threads do not survive a fork, so a child process opens
-        sessions of its own.
-        """
-        self._leave_parent()
-        many = batches >= self._many.workers > 1 and self._at_once
-        with self._lock:
-            if many:
-                return self._workers, self._sessions(self._many)
-            sessions = self._sessions(self._one)
-            if self._quick:
-                quick = self._sessions(self._many)
-                sessions = {bucket: (quick if bucket in self._quick else sessions)[bucket] for bucket in sessions}
-            return _ONE, sessions
-
-    def _sessions(self, options: EngineOptions) -> Mapping[Bucket, Session]:
-        """Return the sessions made with these options; they are opened once."""
-        uses = options.threads, options.workers if options is self._many else 1
-        if uses not in self._opened:
-            if self._was_open:
-                self.artifact.check_unchanged()  # it may be another one by now
-            self._opened[uses] = sessions = self._engine(self.artifact, replace(options, workers=uses[1]))
-            if self.options.warmup and not (options is self._many and self._was_open):
-                self._warm_up(sessions)
-            self._was_open = True
-        return self._opened[uses]
-
-    def _leave_parent(self) -> None:
-        """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""
-        if self._pid != os.getpid():
-            self._lock, self._opened, self._exact = threading.Lock(), {}, None
-            self._one = self._one if not self._pid else after_fork(self.options.engine, self._one)
-            self._many, self._pid = self._one.for_many_batches(), os.getpid()
-            self._workers = Workers(self._many.workers)
-            self._counts.after_fork()
-
-    def _session(self, bucket: Bucket) -> Session:
-        """Return a session for a shape outside the ladder."""
-        self._leave_parent()
-        with self._lock:
-            if self._exact is None:
-                self._exact = self._dynamic(self.artifact, self._one, self._sessions(self._one))
-            return self._exact(bucket)
-
-    def _warm_up(self, sessions: Mapping[Bucket, Session]) -> None:
-        for bucket in self.ladder:
-            sessions[bucket].run(self._sample(bucket))
 
     def _sample(self, bucket: Bucket) -> Mapping[str, Array]:
         return sample_batch(self.encoder, bucket, self.signature, self.artifact.manifest.vocab_size)
@@ -461,15 +378,6 @@ class Runner:
                 BucketWarning,
                 stacklevel=4,
             )
-
-
-def costs_path(artifact: Artifact, engine: EngineOptions) -> Path:
-    """Return the file of this machine's cache for what buckets of a model cost; all ladders of a model share it."""
-    many = engine.for_many_batches()
-    options = hashlib.sha256(repr(sorted(engine.provider_options.items())).encode()).hexdigest()[:8]
-    provider = f"{resolve_provider(engine.provider)}{f'-{options}' if engine.provider_options else ''}"
-    name = f"{provider}-{engine.mode}-{many.threads}x{many.workers}.json"
-    return machine_folder(artifact.graph_sha256()) / name
 
 
 def _check_finite(batch: PaddedBatch, outputs: Mapping[str, Array], features: Features) -> None:

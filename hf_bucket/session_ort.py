@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,9 @@ OPENVINO = "openvino"  # OpenVINO's own runtime; "OpenVINOExecutionProvider" is 
 
 # Providers that come as a plugin: package that brings it.
 PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
+
+# Providers with a version of their own, beside onnxruntime's: package that has it.
+_PACKAGES = {**PLUGINS, OPENVINO: "openvino"}
 
 # What onnxruntime does to fixed shapes and should not. The first turns a MatMul and an Add into a Gemm, whose weights
 # would be packed anew for every bucket; the second joins two nodes into one whose kernel is slower on one thread.
@@ -240,10 +244,30 @@ def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = No
         settings.add_provider_for_devices(_devices(provider), dict(options.provider_options))
     else:
         arguments["providers"] = [(provider, dict(options.provider_options))]
-    engine = _start(path, settings, arguments)
+    try:
+        engine = _start(path, settings, arguments)
+    except ArtifactError as error:
+        _check_options(path, provider, options.provider_options, error)
+        raise
     if engine.get_providers()[0] != provider:
         raise ProviderError(f"{provider} did not start; onnxruntime offered {engine.get_providers()} instead")
     return engine
+
+
+def _check_options(path: Path, provider: str, given: Mapping[str, str], cause: ArtifactError) -> None:
+    """Raise a ProviderError if a graph cannot be opened for an option that its provider does not have."""
+    if not given or provider in PLUGINS:
+        return
+    try:
+        plain = _start(path, onnxruntime.SessionOptions(), {"providers": [provider]})
+    except ArtifactError:
+        return  # the graph is at fault, or the provider
+    known = plain.get_provider_options().get(provider, {})
+    unknown = sorted(set(given) - set(known))
+    if known and unknown:
+        raise ProviderError(
+            f"{provider} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        ) from cause
 
 
 def _settings(options: EngineOptions, fusion: Fusion) -> Any:
@@ -329,6 +353,12 @@ def installed_providers() -> list[str]:
     plugins = [name for name, package in PLUGINS.items() if importlib.util.find_spec(package)]
     runtime = [OPENVINO] if importlib.util.find_spec("openvino") else []
     return [*onnxruntime.get_available_providers(), *plugins, *runtime]
+
+
+def versioned(provider: str) -> str:
+    """Return a provider's name, with a version where that is not onnxruntime's."""
+    package = _PACKAGES.get(provider, "")
+    return f"{provider}-{version(package)}" if package and importlib.util.find_spec(package) else provider
 
 
 def auto_providers() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -34,10 +35,10 @@ class _Tally:
 
 
 class Counts:
-    """Counts for ``stats()``; many threads may add to one."""
+    """Counts for ``stats()``; many threads may add to one, and a forked child goes on with its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._own_lock, self._pid = threading.Lock(), os.getpid()
         self._tallies: dict[Bucket, _Tally] = defaultdict(_Tally)
         self._refused = 0
         self._warned = False
@@ -57,9 +58,12 @@ class Counts:
                 tally.truncated += sum(row in cut for row in batch.rows)
                 tally.windows += sum(several[row] for row in batch.rows) if several else 0
 
-    def after_fork(self) -> None:
-        """Take a lock of this process's own: a thread that stayed behind in the parent may hold the other."""
-        self._lock = threading.Lock()
+    @property
+    def _lock(self) -> threading.Lock:
+        """A lock of this process: a thread that stayed behind in the parent may hold the other for ever."""
+        if self._pid != os.getpid():
+            self._own_lock, self._pid = threading.Lock(), os.getpid()
+        return self._own_lock
 
     def refuse(self) -> None:
         """Count a call that was refused for the length of an input."""

@@ -17,13 +17,14 @@ from conftest import fake_artifact, save_tiny_bert, text_of, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_bucket import certificate
+from hf_bucket import evidence as room
 from hf_bucket.artifact import WEIGHTS, Artifact, copy_artifact, open_artifact, record_files
-from hf_bucket.certificate import Evidence, certify, nearest_rank, open_texts, store, text_evidence
+from hf_bucket.certificate import certify, nearest_rank, store, variants
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, DataError, DependencyError, ModelError
+from hf_bucket.evidence import Evidence, open_texts, probe_evidence, text_evidence
 from hf_bucket.ladder import make_ladder
 from hf_bucket.manifest import MANIFEST, Certificate, Manifest
 from hf_bucket.session import FakeSession
@@ -129,7 +130,7 @@ def test_the_figures_are_those_of_all_rows_at_once_whatever_the_window(
 
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "choose_reference", lambda *_: ("torch", answer))
+        patch.setattr(room, "choose_reference", lambda *_: ("torch", answer))
         for window in windows:
             file = open_texts(folder / "texts.txt")
             evidence = text_evidence(artifact, file, window=window, report=lambda line: None)
@@ -210,7 +211,7 @@ def test_two_rows_of_200_are_beyond_the_p99_and_three_are_not(tmp_path: Path, mo
     (tmp_path / "x.txt").write_text("w0\n" * 200)  # tokens 1, 4, 2
     deltas = iter([0.5] * 100 + [9.0] * outliers + [0.5] * (100 - outliers))
     shifted = lambda texts: np.array([[7 + next(deltas), 3] for _ in texts])  # noqa: E731
-    monkeypatch.setattr(certificate, "choose_reference", lambda *_: ("torch", shifted))
+    monkeypatch.setattr(room, "choose_reference", lambda *_: ("torch", shifted))
     evidence = text_evidence(artifact, open_texts(tmp_path / "x.txt"), report=lambda line: None)
     (found,) = certify(artifact.manifest, evidence, [FakeSession])
     assert (found.n, found.max_abs_delta, found.p99_abs_delta) == (200, 9.0, p99)
@@ -318,7 +319,7 @@ def test_without_torch_the_bucket_in_use_is_the_reference(capfd, artifact: Path,
     def no_torch(job: object) -> None:
         raise DependencyError("needs torch, which is not installed")
 
-    monkeypatch.setattr(certificate, "TorchEngine", no_torch)
+    monkeypatch.setattr(room, "TorchEngine", no_torch)
     status, _, err = run(capfd, artifact, "--data", data, "--limit", "3")
     assert (status, "because torch cannot run: needs torch, which is not installed" in err) == (0, True)
 
@@ -333,7 +334,7 @@ def test_a_checkpoint_that_is_named_must_do(capfd, artifact: Path, data: Path, t
 
 def test_a_reference_that_is_not_finite_is_no_reference(compiled: Artifact, data: Path, monkeypatch) -> None:
     answers = lambda texts: np.full((len(texts), 2), np.inf, dtype=np.float32)  # noqa: E731
-    monkeypatch.setattr(certificate, "choose_reference", lambda *_: ("torch", answers))
+    monkeypatch.setattr(room, "choose_reference", lambda *_: ("torch", answers))
     with pytest.raises(ModelError, match="the reference, torch, returns logits that are not finite, line 1;"):
         text_evidence(compiled, open_texts(data), report=lambda line: None)
 
@@ -438,7 +439,7 @@ def test_rows_without_a_token_are_counted_and_left_out(tmp_path: Path, monkeypat
     (folder / "tokenizer.json").write_text(json.dumps(bare))
     change_manifest(folder, lambda manifest: replace(manifest, files=record_files(folder)))
     (tmp_path / "x.txt").write_text("w1 w2\n\nw3\nw1 w2 w3 w4 w5\n")
-    monkeypatch.setattr(certificate, "choose_reference", lambda *_: ("torch", lambda texts: np.ones((len(texts), 2))))
+    monkeypatch.setattr(room, "choose_reference", lambda *_: ("torch", lambda texts: np.ones((len(texts), 2))))
     evidence = text_evidence(open_artifact(folder), open_texts(tmp_path / "x.txt"), report=lambda line: None)
     assert (evidence.empty, evidence.too_long) == (1, 1)
     assert [row.where for row in evidence.rows()] == ["line 1", "line 3"]
@@ -448,7 +449,7 @@ def test_rows_share_a_batch_only_with_as_many_counted_tokens(tmp_path: Path, mon
     artifact = fake_artifact(tmp_path / "model", make_ladder([16], batch_sizes=[2]))
     signature = replace(artifact.manifest.signature, counted_id=4)  # w0
     (tmp_path / "x.txt").write_text("w0 w1\nw0 w0\nw0 w2\nw3 w0\nw0 w4 w0\n")
-    monkeypatch.setattr(certificate, "choose_reference", lambda *_: ("torch", lambda texts: np.ones((len(texts), 2))))
+    monkeypatch.setattr(room, "choose_reference", lambda *_: ("torch", lambda texts: np.ones((len(texts), 2))))
     evidence = text_evidence(artifact, open_texts(tmp_path / "x.txt"), report=lambda line: None)
     counts = []
 
@@ -476,8 +477,8 @@ def test_a_bucket_that_holds_no_row_says_so(capfd, artifact: Path, tmp_path: Pat
 
 
 def test_a_bucket_with_other_labels_than_the_reference_is_refused(compiled: Artifact) -> None:
-    opens = [certificate.variants(compiled)]
-    probes = certificate.probe_evidence(compiled)
+    opens = [variants(compiled)]
+    probes = probe_evidence(compiled)
     wider = Evidence(rows=probes.rows, expected=np.ones((len(probes.expected), 3)), reference="torch", data="probes")
     with pytest.raises(ModelError, match="bucket b1_s8 returns 2 logits, the reference 3"):
         certify(compiled.manifest, wider, opens)

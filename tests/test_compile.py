@@ -18,7 +18,7 @@ from conftest import WORDS, save_tiny_bert, text_of, tiny_tokenizer
 import hf_bucket
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, open_artifact
 from hf_bucket.cache import MACHINES, cache_root, clear, entries
-from hf_bucket.compile import CompileOptions, check_buckets, compile_model, measured_costs
+from hf_bucket.compile import CompileOptions, compile_model, measured_costs
 from hf_bucket.errors import (
     ArtifactError,
     BucketWarning,
@@ -29,10 +29,12 @@ from hf_bucket.errors import (
     ProviderError,
 )
 from hf_bucket.export import export
+from hf_bucket.finish import check_buckets
 from hf_bucket.graph import adopt, save_graph, specialise
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import MANIFEST
 from hf_bucket.planner import plan
+from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_ort import EngineOptions
 from hf_bucket.source import Source
 from hf_bucket.tasks import get_task
@@ -198,7 +200,7 @@ def test_a_disk_that_fills_up_leaves_no_half_entry_in_the_cache(
         if cache in args[-1].parents and next(room, 0) == 0:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_bucket.compile.specialise", on_a_small_disk)
+    monkeypatch.setattr("hf_bucket.finish.specialise", on_a_small_disk)
     with pytest.warns(BucketWarning, match="No space left on device"):
         other = compile_model(Source(name=str(artifact.folder)), CompileOptions(buckets=[10]), report=silent)
     assert len(hf_bucket.load(other.folder)(["w1"])) == 1
@@ -333,6 +335,7 @@ def test_automatic_batch_sizes_are_the_joint_plan_and_the_same_the_second_time(
     assert [line for line in lines if "measuring what a run of every bucket costs" in line] == [lines[2]]
     costs = measured_costs(first, EngineOptions(), 0.0, report=pytest.fail)
     assert first.manifest.ladder == plan([5] * 30 + [22] * 5, n_buckets=3, cost=costs, max_length=64).ladder
+    Runner(first, RunOptions(measure_s=0.1)).close()  # measures its buckets too
     again = replace(options, calibration=calibration)
     assert compile_model(Source(name=str(tiny_bert)), again, report=pytest.fail) == first
     other = compile_model(Source(name=str(first.folder)), replace(again, calibration=[5, 64]), report=silent)

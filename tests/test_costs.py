@@ -247,7 +247,7 @@ def make_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def make(measure_s: float, run_s: float = 0.01) -> Runner:
         """A runner on which every run takes the same time, whatever the shape."""
         same = dict.fromkeys(artifact.manifest.ladder, run_s)
-        monkeypatch.setattr("hf_bucket.runner.measure", lambda sessions, batches, **options: same)
+        monkeypatch.setattr("hf_bucket.engines.measure", lambda sessions, batches, **options: same)
         options = RunOptions(engine=EngineOptions(workers=1), measure_s=measure_s)
         return Runner(artifact, options, engine=fake_engine)
 
@@ -278,6 +278,40 @@ def test_a_machine_measures_a_model_once(make_runner) -> None:
     again = make_runner(10.0, run_s=5.0)
     assert again.measure(1.0, again=False)(SMALL) == 0.01
     assert again.measure(1.0)(SMALL) == 5.0
+
+
+def test_buckets_of_another_ladder_are_measured_when_it_is_loaded_and_those_there_was_no_time_for_are_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    time, asked = Time(), []
+
+    def load(*lengths: int) -> Runner:
+        artifact = fake_artifact(tmp_path / "fake", make_ladder(lengths, batch_sizes=[1, 4]))
+
+        class Noted(Slow):
+            def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+                asked.append(self.bucket.name)
+                return super().run(arrays)
+
+        kind = type("Kind", (Noted,), {"time": time, "per_cell_s": 0.001})
+        options = RunOptions(engine=EngineOptions(workers=1), warmup=False)
+        return Runner(
+            artifact, options, engine=lambda artifact, _: {one: kind(one) for one in artifact.manifest.ladder}
+        )
+
+    first = load(8, 16).measure(1.0, again=False, clock=time)
+    assert {bucket.name for bucket in first.seconds} == {"b1_s8", "b4_s8", "b1_s16", "b4_s16"}
+    asked.clear()
+    costs = load(8, 32).measure(0.02, again=False, clock=time)
+    assert set(asked) == {"b1_s32"}, "those of 8 tokens are known, and for b4_s32 there is no time"
+    assert costs.seconds.keys() == {*first.seconds, *make_ladder([32], batch_sizes=[1]).buckets}
+    assert [bucket.name for bucket in costs.left_out] == ["b4_s32"]
+    asked.clear()
+    assert load(8, 32).measure(1.0, again=False, clock=time) == costs
+    assert asked == []
+    assert load(8, 32).measure(10.0, clock=time).left_out == frozenset()
+    assert load(8, 32).measure(0.0, again=False, clock=time).left_out == frozenset(), "kept"
 
 
 def test_costs_survive_pickling() -> None:

@@ -131,10 +131,11 @@ def _ask_in_time(runner: Runner) -> None:
 
 
 def _locks(value: Any) -> list[Any]:
-    """Every lock that a runner or what it counts with holds."""
+    """Every lock that a runner, its engines or what it counts with holds."""
     lock = type(threading.Lock())
     found = [item for item in vars(value).values() if isinstance(item, lock)]
-    return found + [item for part in (getattr(value, "_counts", None),) if part for item in _locks(part)]
+    parts = [getattr(value, name) for name in ("_counts", "_engines") if hasattr(value, name)]
+    return found + [item for part in parts for item in _locks(part)]
 
 
 def test_a_child_forked_while_another_thread_is_in_the_middle_of_something_does_not_wait_for_it(
@@ -142,7 +143,7 @@ def test_a_child_forked_while_another_thread_is_in_the_middle_of_something_does_
 ) -> None:
     runner = Runner(fake_artifact(tmp_path, make_ladder([8])), engine=fake_engine)
     locks = _locks(runner)
-    assert len(locks) == 2, "the runner's and that of its counts"
+    assert len(locks) == 2, "that of its engines and that of its counts"
     for lock in locks:
         lock.acquire()  # as a thread would that is opening sessions, or counting
     child = multiprocessing.get_context("fork").Process(target=_ask_in_time, args=(runner,))

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -206,6 +208,34 @@ def test_a_provider_that_is_a_plugin_is_registered_and_gets_its_devices(
         engine = session_ort.open_graph(artifact.path(GRAPH), EngineOptions(provider="CPUExecutionProvider"))
     assert registered == [("CPUExecutionProvider", "here")]
     assert engine.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_an_option_that_a_provider_does_not_have_is_refused_with_the_list(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started:
+        """onnxruntime with a GPU."""
+
+        def __init__(self, path: str, settings: object, *, providers: list[Any], **arguments: object) -> None:
+            ((_, given),) = (entry if isinstance(entry, tuple) else (entry, {}) for entry in providers)
+            if "broken" in path or set(given) - {"device_id", "tunable_op_enable"}:
+                raise RuntimeError("Unknown provider option or broken graph")
+
+        def get_provider_options(self) -> dict[str, dict[str, str]]:
+            return {session_ort.CUDA: {"tunable_op_enable": "0", "device_id": "0"}}
+
+        def get_providers(self) -> list[str]:
+            return [session_ort.CUDA]
+
+    monkeypatch.setattr(session_ort, "installed_providers", lambda: [session_ort.CUDA])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Started)
+    options = EngineOptions(provider=session_ort.CUDA, provider_options={"device": "0", "device_id": "0"})
+    with pytest.raises(ProviderError, match=r"has no option device; it has device_id, tunable_op_enable"):
+        session_ort.open_graph(artifact.path(GRAPH), options)
+    with pytest.raises(ArtifactError, match=r"cannot be loaded by onnxruntime: .*broken graph"):
+        session_ort.open_graph(Path("broken.onnx"), options)
+    known = replace(options, provider_options={"device_id": "0"})
+    assert isinstance(session_ort.open_graph(artifact.path(GRAPH), known), Started)
 
 
 @pytest.mark.parametrize("provider", ["auto", "CPUExecutionProvider"])

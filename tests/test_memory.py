@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hf_bucket
-from hf_bucket import compile as compiling
+from hf_bucket import finish as finishing
 from hf_bucket import preflight
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, variant_name
 from hf_bucket.cli import main
@@ -153,8 +153,8 @@ def test_a_limit_that_is_none_is_refused(value: object) -> None:
 def test_compiling_stops_before_it_runs_a_bucket_that_cannot_fit(
     tiny_bert: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "available_bytes", lambda: 10_000)
-    monkeypatch.setattr(compiling, "check_buckets", lambda artifact: pytest.fail("a bucket was run"))
+    monkeypatch.setattr(finishing, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(finishing, "check_buckets", lambda artifact: pytest.fail("a bucket was run"))
     with pytest.raises(LadderError, match=r"largest bucket b5_s33 .* Drop b5_s33"):
         compile_model(Source(name=str(tiny_bert)), CompileOptions(buckets=[(5, 33)]), report=lambda line: None)
 

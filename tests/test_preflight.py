@@ -30,7 +30,7 @@ from hf_bucket.ladder import Bucket, make_ladder
 from hf_bucket.preflight import Choice, Trial, after_fork, choose_mode, choose_provider, provider_ratios, settle
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session import FakeSession
-from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions
+from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions, versioned
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -190,11 +190,12 @@ def test_ratios_that_were_damaged_are_measured_again(artifact: Artifact, monkeyp
     for text in (
         "",
         "[]",
-        '{"openvino": 0.5}',
-        '{"openvino": {"many": -1.0, "one": 1.0}}',
-        '{"openvino": {"many": 1}}',
+        '{"NAME": 0.5}',
+        '{"NAME": {"many": -1.0, "one": 1.0}}',
+        '{"NAME": {"many": 1}}',
+        '{"openvino-2020.1": {"many": 0.5, "one": 0.5}}',
     ):
-        path.write_text(text)
+        path.write_text(text.replace("NAME", versioned(OPENVINO)))
         bench = Rival(2.0)
         assert provided(artifact, bench) == CPU
         assert bench.opened

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from hf_bucket.artifact import GRAPH, Artifact, record_files
 from hf_bucket.batch import Features
-from hf_bucket.certificate import certify, open_texts, text_evidence, variants
+from hf_bucket.certificate import certify, variants
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import BucketWarning, DataError, ModelError
+from hf_bucket.evidence import open_texts, text_evidence
 from hf_bucket.ladder import make_ladder
 from hf_bucket.manifest import MANIFEST, FusionChoice, Try
 from hf_bucket.quantize import CALIBRATED, HELD_OUT, NEEDED, SCHEMES, _best, _until_good, calibration, quantize

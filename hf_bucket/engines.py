@@ -1,0 +1,161 @@
+"""The sessions of a runner: opened when first needed, chosen by the batches of a request, left behind by a fork."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from hf_bucket.artifact import Artifact
+from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.ladder import Bucket
+from hf_bucket.machine import machine_folder
+from hf_bucket.preflight import Trial, after_fork, settle
+from hf_bucket.session import Session
+from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, resolve_provider, versioned
+from hf_bucket.workers import Workers
+
+_ONE = Workers(1)
+
+
+class Engines:
+    """Sessions of one artifact. Many threads may use them; a forked child opens its own.
+
+    A few batches run one after another, each on every core unless one thread was as fast; as many as there are workers,
+    or more, run at once.
+
+    Args:
+        options: how sessions are made; what is ``"auto"`` in them is settled first.
+        trial: how it is settled.
+        batches: makes what a bucket runs on when it is warmed up and measured.
+        make: makes the sessions of the ladder.
+        dynamic: makes sessions of any shape.
+        warmup: run every bucket once, smallest first, when its sessions are opened.
+
+    Raises:
+        LadderError: the sessions do not fit the memory.
+        ProviderError, ArtifactError: they cannot be opened.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        options: EngineOptions,
+        trial: Trial,
+        *,
+        batches: Batches,
+        make: Engine,
+        dynamic: Dynamic,
+        warmup: bool,
+    ) -> None:
+        self._artifact, self._asked = artifact, options
+        self._batches, self._make, self._dynamic, self._warmup = batches, make, dynamic, warmup
+        self._one = settle(artifact, options, trial)
+        self._at_once = True
+        self._quick: frozenset[Bucket] = frozenset()  # buckets whose run is no faster on every core than on one thread
+        self._was_open = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Hold nothing yet, in this process."""
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._many = self._one.for_many_batches()
+        self._workers = Workers(self._many.workers)
+        self._opened: dict[tuple[int, int], Mapping[Bucket, Session]] = {}  # by threads of a run, and runs at once
+        self._exact: Callable[[Bucket], Session] | None = None
+
+    def use(self, costs: Costs) -> None:
+        """Choose sessions by what runs cost, from now on."""
+        self._at_once, self._quick = costs.at_once, costs.quick
+
+    def of_batches(self, batches: int = 1) -> tuple[Workers, Mapping[Bucket, Session]]:
+        """Return what runs a request of some batches, and the sessions for it."""
+        self._leave_parent()
+        many = batches >= self._many.workers > 1 and self._at_once
+        with self._lock:
+            if many:
+                return self._workers, self._sessions(self._many)
+            sessions = self._sessions(self._one)
+            if self._quick:
+                quick = self._sessions(self._many)
+                sessions = {bucket: (quick if bucket in self._quick else sessions)[bucket] for bucket in sessions}
+            return _ONE, sessions
+
+    def of_shape(self, bucket: Bucket) -> Session:
+        """Return a session for a shape outside the ladder."""
+        self._leave_parent()
+        with self._lock:
+            if self._exact is None:
+                self._exact = self._dynamic(self._artifact, self._one, self._sessions(self._one))
+            return self._exact(bucket)
+
+    def measure(self, budget_s: float, *, again: bool, clock: Clock = time.perf_counter) -> Costs:
+        """Return what a run of every bucket costs here: see ``Runner.measure``."""
+        path, ladder = costs_path(self._artifact, self._one), self._artifact.manifest.ladder
+        kept = Costs(seconds={}) if again else read_costs(path)
+        wanted = set(ladder) - kept.seconds.keys() - kept.left_out
+        if not wanted:
+            return kept
+        self._leave_parent()
+        with self._lock:
+            one, many = self._sessions(self._one), self._sessions(self._many)
+        sessions, workers = {bucket: many[bucket] for bucket in ladder if bucket in wanted}, self._workers
+        alone, at_once = {}, kept.at_once
+        if workers.n == 1:
+            seconds = measure(sessions, self._batches, budget_s=budget_s, clock=clock)
+        else:
+            seconds = measure(sessions, self._batches, budget_s=budget_s * 2 / 3, clock=clock)
+            if not kept.seconds:
+                at_once = faster_at_once(one, many, workers, self._batches, seconds, clock)
+            single = {bucket: one[bucket] for bucket in ladder.smallest_batches() if bucket in wanted}
+            alone = measure(single, self._batches, budget_s=budget_s / 3, clock=clock)
+        left_out = frozenset(wanted - seconds.keys())
+        costs = Costs(seconds=seconds, alone=alone, at_once=at_once, left_out=left_out)
+        write_costs(path, costs)
+        return kept.joined(costs)
+
+    def close(self) -> None:
+        """Release the sessions and end the worker threads; a later call opens them again.
+
+        What sessions computed in, the process keeps for the next ones: one arena serves them all.
+        """
+        self._leave_parent()
+        with self._lock:
+            opened, self._opened, self._exact = self._opened, {}, None
+            workers, self._workers = self._workers, Workers(self._many.workers)
+        workers.close()
+        for session in {id(session): session for sessions in opened.values() for session in sessions.values()}.values():
+            session.close()
+
+    def _sessions(self, options: EngineOptions) -> Mapping[Bucket, Session]:
+        """Return the sessions made with these options; they are opened once."""
+        uses = options.threads, options.workers if options is self._many else 1
+        if uses not in self._opened:
+            if self._was_open:
+                self._artifact.check_unchanged()  # it may be another one by now
+            self._opened[uses] = sessions = self._make(self._artifact, replace(options, workers=uses[1]))
+            if self._warmup and not (options is self._many and self._was_open):
+                for bucket in self._artifact.manifest.ladder:
+                    sessions[bucket].run(self._batches(bucket))
+            self._was_open = True
+        return self._opened[uses]
+
+    def _leave_parent(self) -> None:
+        """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""
+        if self._pid != os.getpid():
+            self._one = after_fork(self._asked, self._one)
+            self._begin()
+
+
+def costs_path(artifact: Artifact, engine: EngineOptions) -> Path:
+    """Return the file of this machine's cache for what buckets of a model cost; all ladders of a model share it."""
+    many = engine.for_many_batches()
+    options = hashlib.sha256(repr(sorted(engine.provider_options.items())).encode()).hexdigest()[:8]
+    provider = f"{versioned(resolve_provider(engine.provider))}{f'-{options}' if engine.provider_options else ''}"
+    name = f"{provider}-{engine.mode}-{many.threads}x{many.workers}.json"
+    return machine_folder(artifact.graph_sha256()) / name
