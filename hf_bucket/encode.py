@@ -173,7 +173,11 @@ class Encoder:
 
     def _encode(self, texts: Sequence[Text]) -> list[Encoding]:
         try:
-            return list(self._tokenizer.encode_batch(list(texts)))
+            # without offsets, which nobody reads; a pair's types it gets right only where there is a post-processor
+            encode = (
+                self._tokenizer.encode_batch_fast if self._tokenizer.post_processor else self._tokenizer.encode_batch
+            )
+            return list(encode(list(texts)))
         except TypeError as error:
             for row, text in enumerate(texts):
                 for part in (text,) if isinstance(text, str) else text:

@@ -200,8 +200,11 @@ class TextClassificationPipeline:
         return self.runner.encode(texts, truncation=truncation, overflow=overflow, first_row=first_row)
 
     def _run(self, features: Features, options: CallOptions) -> list[Any]:
-        function = FUNCTIONS[self._function(options)]
-        return [self._label(function(row["logits"].astype(np.float32)), options) for row in self.runner.run(features)]
+        rows = self.runner.run(features)
+        if not rows:
+            return []
+        logits = np.stack([row["logits"] for row in rows]).astype(np.float32)
+        return self._labels(FUNCTIONS[self._function(options)](logits), options)
 
     def _truncation(self, options: CallOptions) -> Truncation | None:
         if options.truncation not in _STRATEGIES or not options.truncation:
@@ -221,14 +224,17 @@ class TextClassificationPipeline:
             return "sigmoid"
         return "softmax"
 
-    def _label(self, scores: NDArray[Any], options: CallOptions) -> Any:
-        labels = self.runner.artifact.manifest.labels
-        if options.top_k == "":
-            best = int(scores.argmax())
-            return {"label": labels[best], "score": float(scores[best])}
-        order = np.argsort(-scores, kind="stable")
-        ranked = [{"label": labels[index], "score": float(scores[index])} for index in order]
-        return ranked[: options.top_k] if isinstance(options.top_k, int) else ranked
+    def _labels(self, scores: NDArray[Any], options: CallOptions) -> list[Any]:
+        """Return what is answered for every row. Shape of ``scores``: (row, label)."""
+        names = self.runner.artifact.manifest.labels
+        kept = 1 if options.top_k == "" else options.top_k
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : kept if isinstance(kept, int) else None]
+        best = np.take_along_axis(scores, order, axis=1).tolist()
+        ranked = [
+            [{"label": names[index], "score": score} for index, score in zip(*row, strict=True)]
+            for row in zip(order.tolist(), best, strict=True)
+        ]
+        return [row[0] for row in ranked] if options.top_k == "" else ranked
 
 
 def _begun(call: Callable[[], Features]) -> Callable[[], Features]:
