@@ -92,7 +92,9 @@ def advise(
         min_length=shortest,
         max_length=manifest.max_length,
         histogram=made.histogram,
-        cost=costs if costs.tell else None,  # the scheduler does not go by costs that do not tell buckets apart
+        cost=costs
+        if costs.tell(made.ladder)
+        else None,  # the scheduler does not go by costs that do not tell buckets apart
         window=window,
     )
     return Advice(

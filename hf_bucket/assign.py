@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,12 +65,10 @@ def assign(
     """
     groups: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     alone: list[Assignment] = []
-    holder = [ladder.buckets[0].length] * (ladder.buckets[0].length + 1)
-    for length in ladder.lengths:
-        holder.extend([length] * (length + 1 - len(holder)))
+    known = ladder.lengths
     for row, length in enumerate(lengths):
-        if length <= ladder.max_length:
-            groups[kinds[row] if kinds else 0][holder[length]].append(row)
+        if length <= known[-1]:
+            groups[kinds[row] if kinds else 0][known[bisect_left(known, length)]].append(row)
         elif exact:
             alone.append(Assignment(bucket=Bucket(batch_size=1, extent=(length,)), rows=(row,)))
         else:

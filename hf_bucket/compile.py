@@ -15,7 +15,7 @@ import numpy as np
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, variant_name
 from hf_bucket.cache import any_ladder, in_cache, model_key
-from hf_bucket.costs import Clock, Costs, read_costs
+from hf_bucket.costs import Clock, Costs, key_of, read_costs
 from hf_bucket.data import read_column, read_dataset_column
 from hf_bucket.encode import Encoder, check_texts
 from hf_bucket.engines import costs_path
@@ -23,6 +23,7 @@ from hf_bucket.errors import DataError, LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.finish import finish
+from hf_bucket.fuse import Report
 from hf_bucket.fusions import FUSIONS
 from hf_bucket.graph import adopt, load_graph, save_graph
 from hf_bucket.histogram import Histogram
@@ -124,9 +125,6 @@ def from_recipe(recipe: Recipe) -> tuple[Source, CompileOptions]:
     return Source(name=recipe.model, revision=recipe.revision), options
 
 
-Report = Callable[[str], None]
-
-
 def say(line: str) -> None:
     """Print one progress line where users of long commands look for it."""
     print(f"hf_bucket: {line}", file=sys.stderr, flush=True)
@@ -188,17 +186,16 @@ def measured_costs(artifact: Artifact, engine: EngineOptions, budget_s: float, r
     # what "auto" means for a ladder is found out when that is loaded
     mode: Mode = "shared" if engine.mode == "auto" else engine.mode
     engine = replace(engine, mode=mode, provider=resolve_provider(engine.provider))
-    plain, kept = plain_ladder(artifact), read_costs(costs_path(artifact, engine))
+    plain, costs = plain_ladder(artifact), read_costs(costs_path(artifact, engine))
+    if key_of(plain) not in costs.ladders:
+        runner = Runner(with_buckets(artifact, plain, report), RunOptions(engine=engine))
+        report(f"measuring what a run of every bucket costs on this machine, for about {budget_s:g} s")
+        try:
+            costs = runner.measure(budget_s, again=False)
+        finally:
+            runner.close()
     # of this ladder only: with those of a planned ladder, measured when it is loaded, the next plan would be another
-    known = {bucket: kept.seconds[bucket] for bucket in plain if bucket in kept.seconds}
-    if plain.buckets[0] in known:  # the first to be measured
-        return replace(kept, seconds=known)
-    runner = Runner(with_buckets(artifact, plain, report), RunOptions(engine=engine))
-    report(f"measuring what a run of every bucket costs on this machine, for about {budget_s:g} s")
-    try:
-        return runner.measure(budget_s)
-    finally:
-        runner.close()
+    return replace(costs, seconds={bucket: costs.seconds[bucket] for bucket in plain if bucket in costs.seconds})
 
 
 def bucket_compile_s(artifact: Artifact, clock: Clock = time.perf_counter) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -42,13 +43,13 @@ class Costs:
         seconds: medians of what was measured.
         alone: the same of runs that have every core to themselves, of buckets that a request of one row runs in.
         at_once: whether several batches on one thread each were faster than one after another on every core.
-        left_out: buckets that there was no time for: nobody measures them again unless asked to.
+        ladders: keys of the ladders whose buckets were measured as far as there was time: see ``key_of``.
     """
 
     seconds: Mapping[Bucket, float]
     alone: Mapping[Bucket, float] = field(default_factory=dict)
     at_once: bool = True
-    left_out: frozenset[Bucket] = frozenset()
+    ladders: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if any(not 0 < value < float("inf") for value in (*self.seconds.values(), *self.alone.values())):
@@ -58,10 +59,9 @@ class Costs:
         measured = self.seconds.get(bucket)
         return self.predict(bucket) if measured is None else measured
 
-    @property
-    def tell(self) -> bool:
-        """Whether there are costs, and of runs long enough to tell one bucket from another."""
-        return bool(self.seconds) and min(self.seconds.values()) >= SHORTEST_S
+    def tell(self, ladder: Ladder) -> bool:
+        """Return whether there are costs, and the runs of a ladder are long enough to tell one bucket from another."""
+        return bool(self.seconds) and min(self(bucket) for bucket in ladder) >= SHORTEST_S
 
     @property
     def quick(self) -> frozenset[Bucket]:
@@ -88,25 +88,29 @@ class Costs:
         """Return what ``from_json`` reads."""
         tables = {"seconds": self.seconds, "alone": self.alone}
         named = {key: {bucket.name: value for bucket, value in table.items()} for key, table in tables.items()}
-        return {"at_once": self.at_once, "left_out": sorted(bucket.name for bucket in self.left_out), **named}
+        return {"at_once": self.at_once, "ladders": sorted(self.ladders), **named}
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Costs:
         """Return the costs that ``to_json`` wrote; what cannot be read is left out, and is measured again."""
         tables = {key: _buckets(data.get(key)) for key in ("seconds", "alone")}
-        names = data.get("left_out")
-        left_out = _buckets(dict.fromkeys(map(str, names), 1.0)) if isinstance(names, list) else {}
-        return cls(**tables, at_once=data.get("at_once") is not False, left_out=frozenset(left_out))
+        keys = data.get("ladders")
+        ladders = frozenset(map(str, keys)) if isinstance(keys, list) else frozenset()
+        return cls(**tables, at_once=data.get("at_once") is not False, ladders=ladders)
 
     def joined(self, newer: Costs) -> Costs:
         """Return these costs with newer ones, which count where both have a bucket."""
-        seconds = {**self.seconds, **newer.seconds}
         return Costs(
-            seconds=seconds,
+            seconds={**self.seconds, **newer.seconds},
             alone={**self.alone, **newer.alone},
             at_once=newer.at_once,
-            left_out=(self.left_out | newer.left_out) - seconds.keys(),
+            ladders=self.ladders | newer.ladders,
         )
+
+
+def key_of(ladder: Ladder) -> str:
+    """Return what stands for a ladder where figures are kept."""
+    return hashlib.sha256(str(ladder).encode()).hexdigest()[:16]
 
 
 def _buckets(table: object) -> dict[Bucket, float]:

@@ -160,7 +160,7 @@ def describe_costs(costs: Costs, ladder: Ladder) -> str:
     many = "at once, one thread each" if costs.at_once else "one after another, each on every core"
     used = (
         ""
-        if costs.tell
+        if costs.tell(ladder)
         else "\nThese runs are too short to tell buckets apart: rows go to the smallest that holds them."
     )
     alone = [bucket for bucket in ladder if bucket in costs.alone]

@@ -87,7 +87,12 @@ class Encoder:
             settings["truncation"] = settings["padding"] = None
             self._tokenizer = Tokenizer.from_str(json.dumps(settings))
             word = self._word()
-            self._frames = _frame(self._tokenizer.encode(word), 1), _frame(self._tokenizer.encode(word, word), 2)
+            pair = self._tokenizer.encode(word, word)
+            self._frames = _frame(self._tokenizer.encode(word), 1), _frame(pair, 2)
+            # without offsets, which nobody reads; but not every tokenizer tells the two texts of a pair apart then
+            fast = self._tokenizer.encode_batch_fast([(word, word)])[0]
+            same = (fast.ids, fast.type_ids) == (pair.ids, pair.type_ids)
+            self._encode_batch = self._tokenizer.encode_batch_fast if same else self._tokenizer.encode_batch
         except Exception as error:  # the library raises bare Exception
             raise ArtifactError(f"tokenizer.json cannot be read ({error}); compile the model again") from error
         self._inputs = tuple(inputs)
@@ -173,11 +178,7 @@ class Encoder:
 
     def _encode(self, texts: Sequence[Text]) -> list[Encoding]:
         try:
-            # without offsets, which nobody reads; a pair's types it gets right only where there is a post-processor
-            encode = (
-                self._tokenizer.encode_batch_fast if self._tokenizer.post_processor else self._tokenizer.encode_batch
-            )
-            return list(encode(list(texts)))
+            return list(self._encode_batch(list(texts)))
         except TypeError as error:
             for row, text in enumerate(texts):
                 for part in (text,) if isinstance(text, str) else text:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_bucket.artifact import Artifact
-from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, write_costs
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder
 from hf_bucket.preflight import Trial, after_fork, settle
@@ -62,12 +62,12 @@ class Engines:
 
     def _begin(self) -> None:
         """Hold nothing yet, in this process."""
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._many = self._one.for_many_batches()
         self._workers = Workers(self._many.workers)
         self._opened: dict[tuple[int, int], Mapping[Bucket, Session]] = {}  # by threads of a run, and runs at once
         self._exact: Callable[[Bucket], Session] | None = None
+        self._pid = os.getpid()  # last: other threads of a forked child look at it first
 
     def use(self, costs: Costs) -> None:
         """Choose sessions by what runs cost, from now on."""
@@ -96,26 +96,24 @@ class Engines:
 
     def measure(self, budget_s: float, *, again: bool, clock: Clock = time.perf_counter) -> Costs:
         """Return what a run of every bucket costs here: see ``Runner.measure``."""
+        self._leave_parent()
         path, ladder = costs_path(self._artifact, self._one), self._artifact.manifest.ladder
         kept = Costs(seconds={}) if again else read_costs(path)
-        wanted = set(ladder) - kept.seconds.keys() - kept.left_out
-        if not wanted:
+        if key_of(ladder) in kept.ladders:
             return kept
-        self._leave_parent()
         with self._lock:
             one, many = self._sessions(self._one), self._sessions(self._many)
-        sessions, workers = {bucket: many[bucket] for bucket in ladder if bucket in wanted}, self._workers
-        alone, at_once = {}, kept.at_once
+        sessions = {bucket: many[bucket] for bucket in ladder if bucket not in kept.seconds}
+        single = {bucket: one[bucket] for bucket in ladder.smallest_batches() if bucket not in kept.alone}
+        alone, at_once, workers = {}, kept.at_once, self._workers
         if workers.n == 1:
             seconds = measure(sessions, self._batches, budget_s=budget_s, clock=clock)
         else:
             seconds = measure(sessions, self._batches, budget_s=budget_s * 2 / 3, clock=clock)
             if not kept.seconds:
                 at_once = faster_at_once(one, many, workers, self._batches, seconds, clock)
-            single = {bucket: one[bucket] for bucket in ladder.smallest_batches() if bucket in wanted}
             alone = measure(single, self._batches, budget_s=budget_s / 3, clock=clock)
-        left_out = frozenset(wanted - seconds.keys())
-        costs = Costs(seconds=seconds, alone=alone, at_once=at_once, left_out=left_out)
+        costs = Costs(seconds=seconds, alone=alone, at_once=at_once, ladders=frozenset({key_of(ladder)}))
         write_costs(path, costs)
         return kept.joined(costs)
 

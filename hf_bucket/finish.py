@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from hf_bucket.artifact import GRAPH, Artifact, record_files, variant_name
 from hf_bucket.encode import Encoder
 from hf_bucket.export import quiet
-from hf_bucket.fuse import choose_fusion
+from hf_bucket.fuse import Report, choose_fusion
 from hf_bucket.graph import specialise
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import available_bytes
@@ -19,8 +18,6 @@ from hf_bucket.memory import check_fits, footprint
 from hf_bucket.probes import ATOL, PROBES, load_probes, sampler, validate
 from hf_bucket.session import Session
 from hf_bucket.session_ort import EngineOptions, OrtSession, open_unpacked, open_variant
-
-Report = Callable[[str], None]
 
 
 def finish(folder: Path, manifest: Manifest, report: Report) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from hf_bucket.errors import LadderError, too_long
@@ -83,6 +83,7 @@ class Ladder:
     """
 
     buckets: tuple[Bucket, ...]
+    _sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)  # ``lengths``, found once
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.buckets, key=lambda b: (prod(b.extent), b.extent, b.batch_size)))
@@ -94,6 +95,7 @@ class Ladder:
         if len({len(b.extent) for b in ordered}) > 1:
             raise LadderError(f"buckets mix extents of different kinds: {', '.join(b.name for b in ordered)}")
         object.__setattr__(self, "buckets", ordered)
+        object.__setattr__(self, "_sizes", tuple(dict.fromkeys(b.extent[0] for b in ordered)))
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self.buckets)
@@ -109,8 +111,8 @@ class Ladder:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Distinct lengths in tokens, ascending."""
-        return tuple(dict.fromkeys(b.length for b in self.buckets))
+        """Distinct lengths in tokens, ascending. Only for text, as ``Bucket.length``."""
+        return self._sizes if self.max_length else ()
 
     @property
     def max_length(self) -> int:

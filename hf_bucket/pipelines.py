@@ -210,9 +210,7 @@ class TextClassificationPipeline:
         if options.truncation not in _STRATEGIES or not options.truncation:
             return None
         limit = options.max_length or self.runner.max_length or self.ladder.max_length
-        return Truncation(
-            max_length=limit, strategy=_STRATEGIES[options.truncation], side=self.runner.artifact.truncation_side()
-        )
+        return Truncation(max_length=limit, strategy=_STRATEGIES[options.truncation], side=self.runner.side)
 
     def _function(self, options: CallOptions) -> str:
         if options.function_to_apply != "default":
@@ -239,9 +237,9 @@ class TextClassificationPipeline:
 
 def _begun(call: Callable[[], Features]) -> Callable[[], Features]:
     """Start a call in a thread of its own, which ends with it; return what waits for the result."""
-    thread = ThreadPoolExecutor(1, thread_name_prefix="hf_bucket-tokens")
-    future = thread.submit(call)
-    thread.shutdown(wait=False)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="hf_bucket-tokens")
+    future = executor.submit(call)
+    executor.shutdown(wait=False)
     return future.result
 
 

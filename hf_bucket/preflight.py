@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 import warnings
@@ -15,7 +14,7 @@ from statistics import mean
 from hf_bucket import memory
 from hf_bucket.artifact import Artifact
 from hf_bucket.batch import Array
-from hf_bucket.costs import Batches, Clock, Sessions, compare
+from hf_bucket.costs import Batches, Clock, Sessions, compare, key_of
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, BucketWarning, InputError, ProviderError
 from hf_bucket.ladder import Bucket, Ladder
@@ -197,8 +196,9 @@ _WORTH_S = 0.005  # a run of fewer seconds is not worth another engine's memory,
 
 
 def provider_ratios(artifact: Artifact, options: EngineOptions) -> dict[str, Ratios]:
-    """Return what ``choose_provider`` measured of every provider but the CPU's; empty where it did not."""
-    return _ratios(_figures(artifact, replace(options, provider="auto"), f"providers-{options.mode}"))
+    """Return what ``choose_provider`` measured of the providers that are installed; empty where it did not."""
+    known = _ratios(_figures(artifact, replace(options, provider="auto"), f"providers-{options.mode}"))
+    return {name: known[versioned(name)] for name in auto_providers() if versioned(name) in known}
 
 
 def _ratios(path: Path) -> dict[str, Ratios]:
@@ -230,7 +230,7 @@ def _compare_providers(
             try:
                 other = _Ways(part, replace(options, provider=name), trial.engine, workers)
             except (ArtifactError, ProviderError) as error:
-                warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=6)
+                warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=7)
                 continue
             stack.enter_context(contextlib.closing(other))
             ratios[name] = Ratios(
@@ -332,8 +332,7 @@ def _texts(artifact: Artifact) -> Batches:
 
 def _figures(artifact: Artifact, options: EngineOptions, what: str) -> Path:
     many = options.for_many_batches()
-    ladder = hashlib.sha256(str(artifact.manifest.ladder).encode()).hexdigest()[:16]
-    name = f"{what}-{many.threads}x{many.workers}-{ladder}.json"
+    name = f"{what}-{many.threads}x{many.workers}-{key_of(artifact.manifest.ladder)}.json"
     return machine_folder(artifact.graph_sha256()) / name
 
 

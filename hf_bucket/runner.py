@@ -107,7 +107,7 @@ class Runner:
         if cost is None and self.options.measure_s:
             costs = self.measure(self.options.measure_s / 2, again=False)
             self._engines.use(costs)
-            self._cost = costs.of(self.ladder).__getitem__ if costs.tell else None
+            self._cost = costs.of(self.ladder).__getitem__ if costs.tell(self.ladder) else None
             self._engines.of_batches()  # what single requests run on, now that it is known
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
@@ -235,7 +235,7 @@ class Runner:
         """Return how a policy makes rows fit the largest bucket."""
         largest = self.ladder.max_length
         if chosen.policy == "truncate":
-            side = chosen.side or self._side
+            side = chosen.side or self.side
             return Truncation(max_length=largest, strategy=chosen.strategy, side=side), None
         if chosen.policy == "window":
             stride = largest // 8 if chosen.stride is None else chosen.stride
@@ -266,7 +266,8 @@ class Runner:
         return self._encoder
 
     @cached_property
-    def _side(self) -> Side:
+    def side(self) -> Side:
+        """Where the tokenizer cuts unless told otherwise."""
         return self.artifact.truncation_side()
 
     def stats(self) -> dict[str, Any]:
@@ -286,7 +287,7 @@ class Runner:
 
         Args:
             budget_s: seconds to spend, about; buckets that go over it are predicted.
-            again: measure even though the cache has costs for this ladder.
+            again: measure every bucket; False measures, once for a ladder, those that the cache has no costs of.
         """
         return self._engines.measure(budget_s, again=again, clock=clock)
 

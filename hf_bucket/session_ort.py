@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -357,8 +357,10 @@ def installed_providers() -> list[str]:
 
 def versioned(provider: str) -> str:
     """Return a provider's name, with a version where that is not onnxruntime's."""
-    package = _PACKAGES.get(provider, "")
-    return f"{provider}-{version(package)}" if package and importlib.util.find_spec(package) else provider
+    try:
+        return f"{provider}-{version(_PACKAGES[provider])}" if provider in _PACKAGES else provider
+    except PackageNotFoundError:  # it is not installed, or not by pip: nobody knows its version
+        return provider
 
 
 def auto_providers() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +39,11 @@ class Counts:
     """Counts for ``stats()``; many threads may add to one, and a forked child goes on with its own."""
 
     def __init__(self) -> None:
-        self._own_lock, self._pid = threading.Lock(), os.getpid()
+        self._lock = threading.Lock()
         self._tallies: dict[Bucket, _Tally] = defaultdict(_Tally)
         self._refused = 0
         self._warned = False
+        _alive.add(self)
 
     def add(self, batches: Sequence[PaddedBatch], features: Features) -> None:
         """Count the batches that one request was run in."""
@@ -57,13 +59,6 @@ class Counts:
                 tally.cells += batch.bucket.cells
                 tally.truncated += sum(row in cut for row in batch.rows)
                 tally.windows += sum(several[row] for row in batch.rows) if several else 0
-
-    @property
-    def _lock(self) -> threading.Lock:
-        """A lock of this process: a thread that stayed behind in the parent may hold the other for ever."""
-        if self._pid != os.getpid():
-            self._own_lock, self._pid = threading.Lock(), os.getpid()
-        return self._own_lock
 
     def refuse(self) -> None:
         """Count a call that was refused for the length of an input."""
@@ -86,6 +81,19 @@ class Counts:
             del totals["batches"], dynamic["truncated"], dynamic["windows"]
             buckets = {bucket.name: tally.report() for bucket, tally in zip(ladder, inside, strict=True)}
             return {**totals, "refused": self._refused, "dynamic": dynamic, "buckets": buckets}
+
+
+_alive: weakref.WeakSet[Counts] = weakref.WeakSet()
+
+
+def _leave_parent() -> None:
+    """In a forked child, take new locks: a thread that stayed behind in the parent may hold the others for ever."""
+    for counts in _alive:
+        counts._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_parent)
 
 
 def _sum(tallies: Sequence[_Tally]) -> _Tally:

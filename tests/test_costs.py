@@ -207,7 +207,7 @@ def test_no_bucket_costs_less_than_one_it_could_stand_in_for(seconds: dict[Bucke
 
 def test_where_nothing_was_measured_cells_are_the_cost() -> None:
     assert Costs(seconds={}).of(LADDER) == {bucket: cells_cost(bucket) for bucket in LADDER}
-    assert not Costs(seconds={}).tell
+    assert not Costs(seconds={}).tell(LADDER)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
@@ -306,12 +306,23 @@ def test_buckets_of_another_ladder_are_measured_when_it_is_loaded_and_those_ther
     costs = load(8, 32).measure(0.02, again=False, clock=time)
     assert set(asked) == {"b1_s32"}, "those of 8 tokens are known, and for b4_s32 there is no time"
     assert costs.seconds.keys() == {*first.seconds, *make_ladder([32], batch_sizes=[1]).buckets}
-    assert [bucket.name for bucket in costs.left_out] == ["b4_s32"]
     asked.clear()
     assert load(8, 32).measure(1.0, again=False, clock=time) == costs
-    assert asked == []
-    assert load(8, 32).measure(10.0, clock=time).left_out == frozenset()
-    assert load(8, 32).measure(0.0, again=False, clock=time).left_out == frozenset(), "kept"
+    assert asked == [], "once for a ladder"
+    assert load(16, 32).measure(10.0, again=False, clock=time).seconds.keys() == {
+        *first.seconds,
+        *make_ladder([32], batch_sizes=[1, 4]).buckets,
+    }
+    assert set(asked) == {"b4_s32"}, "another ladder has the time"
+    asked.clear()
+    assert load(8, 32).measure(10.0, clock=time).seconds.keys() == set(make_ladder([8, 32], batch_sizes=[1, 4]))
+    assert set(asked) == {"b1_s8", "b4_s8", "b1_s32", "b4_s32"}, "all of them again"
+
+
+def test_what_costs_tell_is_of_a_ladder_and_not_of_all_there_are() -> None:
+    costs = Costs(seconds={SMALL: 0.0001, LARGE: 0.5})
+    assert not costs.tell(LADDER)
+    assert costs.tell(Ladder((LARGE,)))
 
 
 def test_costs_survive_pickling() -> None:

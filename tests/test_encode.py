@@ -44,6 +44,8 @@ def roberta_tokenizer() -> Tokenizer:
 
 
 TOKENIZERS = {"bert": tiny_tokenizer(), "roberta": roberta_tokenizer(), "unframed": unframed_tokenizer()}
+TOKENIZERS["bytes"] = unframed_tokenizer()  # without offsets, its pairs have no types
+TOKENIZERS["bytes"].post_processor = processors.ByteLevel(trim_offsets=False)
 ENCODERS = {name: Encoder(tokenizer.to_str(), inputs=COLUMNS) for name, tokenizer in TOKENIZERS.items()}
 ENCODER = ENCODERS["bert"]
 
