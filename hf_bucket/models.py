@@ -112,7 +112,8 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             overflow: for an input longer than the largest bucket ``"error"``, ``"truncate"``, ``"window"`` or
                 ``"dynamic"``, with options as ``overflow.Overflow`` has them: ``"window:max,stride=32"``.
             warmup: run every bucket once before returning, smallest first.
-            measure_s: seconds that the first loading on this machine may spend on measuring what every bucket costs.
+            measure_s: seconds that the first loading of these buckets on this machine may spend on measuring what they
+                cost.
             memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
             export: True insists on the checkpoint, False on an existing ONNX graph; None takes what is there.
             dtype: of the exported weights.
