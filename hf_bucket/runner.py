@@ -38,9 +38,9 @@ class RunOptions:
         engine: how its sessions are made.
         overflow: what happens to an input longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once, smallest first, when the sessions are opened.
-        measure_s: seconds that may be spent on measuring, where this machine has not done so for these buckets yet: half
-            on which provider and mode are faster, where they are ``"auto"``, half on what every bucket costs. 0 takes
-            the CPU provider, ``"shared"`` and the number of cells.
+        measure_s: seconds that may be spent on measuring, once for a ladder on this machine: half on which provider and
+            mode are faster, where they are ``"auto"``, half on what every bucket costs. 0 takes the CPU provider,
+            ``"shared"`` and the number of cells.
         memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
     """
 
@@ -419,7 +419,8 @@ def load(
         threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once before returning, smallest first.
-        measure_s: seconds that the first loading of these buckets on this machine may spend on measuring what they cost.
+        measure_s: seconds that the first loading of these buckets on this machine may spend on measuring what they
+            cost.
         memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
 
     Raises:
