@@ -149,11 +149,13 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
     """Return what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
 
     Faster is one that is clearly so for as many batches at once as would run in use, since what engines take from each
-    other counts, and no slower for a request of one row. The figures stay in this machine's cache. Runs too short to
-    tell anything apart are the CPU provider's.
+    other counts, and no slower for a request of one row. The figures stay in this machine's cache. The CPU provider's
+    are runs too short to tell anything apart, and static mode, where others hold the weights once for every bucket.
     """
     if options.provider != "auto":
         return options.provider
+    if options.mode == "static":
+        return CPU
     fitting = [
         name
         for name in auto_providers()

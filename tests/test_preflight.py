@@ -209,6 +209,8 @@ def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
     monkeypatch.setattr(preflight, "auto_providers", list)
     assert provided(artifact, bench) == CPU
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    static = EngineOptions(mode="static", workers=2)
+    assert choose_provider(artifact, static, trial(bench)) == CPU, "it would hold the weights once for every bucket"
     assert provided(artifact, bench, available=1) == CPU
     assert provided(artifact, bench, budget_s=0.0) == CPU
     assert bench.opened == []
