@@ -190,9 +190,12 @@ class Ratios:
     @property
     def faster(self) -> bool:
         """Whether the provider is to be preferred."""
-        return self.many <= FASTER and self.one <= _NO_SLOWER
+        return self.many <= _WORTH and self.one <= _NO_SLOWER
 
 
+# Of the CPU provider's time. For less than a tenth another engine's memory and start are not worth it; and of a large
+# ladder, with more shapes than can be tried here, a smaller gain was lost again.
+_WORTH = 0.9
 _NO_SLOWER = 1.02  # more than that is no noise
 _WORTH_S = 0.005  # a run of fewer seconds is not worth another engine's memory, threads and start
 
