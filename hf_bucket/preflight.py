@@ -221,7 +221,7 @@ def _compare_providers(
 ) -> dict[str, Ratios] | None:
     """Return the ratios of every provider that can run the model; None where the runs are too short to be worth it."""
     part, batches = _usual(artifact), trial.batches or _texts(artifact)
-    each = replace(trial, budget_s=trial.budget_s / (2 * len(names)))
+    each = replace(trial, budget_s=trial.budget_s / (3 * len(names)))
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(contextlib.closing(Workers(options.for_many_batches().workers)))
         ways = _Ways(part, replace(options, provider=CPU), trial.engine, workers)
@@ -238,9 +238,10 @@ def _compare_providers(
                 warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=7)
                 continue
             stack.enter_context(contextlib.closing(other))
-            ratios[name] = Ratios(
-                many=_ratio(own.many, other.many, batches, each), one=_ratio(own.one, other.one, batches, each)
-            )
+            many, one = _ratio(own.many, other.many, batches, each), _ratio(own.one, other.one, batches, each)
+            if Ratios(many=many, one=one).faster:  # once more: what a busy moment seemed to show does not come twice
+                many = max(many, _ratio(own.many, other.many, batches, each))
+            ratios[name] = Ratios(many=many, one=one)
         return ratios
 
 

@@ -183,6 +183,17 @@ def test_another_provider_is_taken_where_it_is_faster_for_many_and_no_slower_for
     assert provided(artifact, Rival(0.5), again=True) == OPENVINO
 
 
+def test_another_provider_that_was_faster_only_once_is_not_taken(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    ratios = iter([0.5, 1.0, 1.2])
+    monkeypatch.setattr(preflight, "_ratio", lambda *_: next(ratios))
+    assert provided(artifact, Rival(0.5)) == CPU
+    (found,) = provider_ratios(artifact, EngineOptions(workers=2)).values()
+    assert (found.many, found.one) == (1.2, 1.0)
+
+
 def test_ratios_that_were_damaged_are_measured_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
     assert provided(artifact, Rival(0.5)) == OPENVINO
