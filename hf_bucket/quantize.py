@@ -36,7 +36,7 @@ from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph
 Scheme = Literal["int8", "int8-dynamic"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
-CALIBRATED = 8  # texts of every length of the ladder that scales are taken from, at most
+CALIBRATED = 16  # texts of every length of the ladder that scales are taken from, at most
 NEEDED = 4  # ... at least
 HELD_OUT = 16  # other texts of every length that the choice of layers is judged by, at most
 _TRIED = (0, 1, 2, 4)  # layers left in float, the most sensitive first; a further one costs more than it gains
