@@ -336,6 +336,7 @@ def test_automatic_batch_sizes_are_the_joint_plan_and_the_same_the_second_time(
     costs = measured_costs(first, EngineOptions(), 0.0, report=pytest.fail)
     assert first.manifest.ladder == plan([5] * 30 + [22] * 5, n_buckets=3, cost=costs, max_length=64).ladder
     Runner(first, RunOptions(measure_s=0.1)).close()  # measures its buckets too
+    assert measured_costs(first, EngineOptions(), 0.0, report=pytest.fail).seconds == costs.seconds
     again = replace(options, calibration=calibration)
     assert compile_model(Source(name=str(tiny_bert)), again, report=pytest.fail) == first
     other = compile_model(Source(name=str(first.folder)), replace(again, calibration=[5, 64]), report=silent)
