@@ -14,8 +14,9 @@ import numpy as np
 from hf_bucket.artifact import GRAPH, WEIGHTS
 from hf_bucket.costs import SHORTEST_S, Batches, compare
 from hf_bucket.errors import ArtifactError, ExportError
+from hf_bucket.flatten import SIZES, flatten
 from hf_bucket.fusions import FUSIONS, OWN, Fusion
-from hf_bucket.graph import load_graph, save_rewritten
+from hf_bucket.graph import load_graph, save_rewritten, shapes_at
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import FusionChoice
 from hf_bucket.session import Session
@@ -121,6 +122,7 @@ class _Way:
 def _rewrite(fusion: Fusion, graph: Path, report: Report) -> bool:
     """Write the graph as a tool rewrites it, with the same file of weights; False, and a line, where that fails."""
     tools: dict[str, Callable[[ir.Model, Path], ir.Model]] = {
+        "token-list": _by_flatten,
         "ort_fusions": _by_transformers,
         "onnxruntime.transformers": _by_onnxruntime,
     }
@@ -131,6 +133,11 @@ def _rewrite(fusion: Fusion, graph: Path, report: Report) -> bool:
         report(f"{fusion.name} cannot be tried on this model: {type(error).__name__}: {reason}")
         return False
     return True
+
+
+def _by_flatten(model: ir.Model, graph: Path) -> ir.Model:
+    flatten(model, {size: shapes_at(graph, *size) for size in SIZES})
+    return model
 
 
 def _by_transformers(model: ir.Model, graph: Path) -> ir.Model:

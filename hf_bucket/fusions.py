@@ -31,6 +31,7 @@ FUSIONS = (
     # a fused Add and LayerNormalization takes several times as long as the two on some processors
     Fusion(name="without-skip-norm", disabled=("SkipLayerNormFusion",)),
     Fusion(name="none", basic=True),
+    Fusion(name="token-list", rewritten="model_token_list.onnx"),  # see flatten.py
     Fusion(name="ort_fusions", rewritten="model_ort_fusions.onnx"),  # transformers' exporters
     Fusion(name="onnxruntime.transformers", rewritten="model_ort_transformers.onnx"),  # onnxruntime's offline tool
 )

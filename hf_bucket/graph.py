@@ -228,13 +228,36 @@ def specialise(graph: Path, bucket: Bucket, signature: Signature, target: Path) 
     Raises:
         ExportError: a shape is still not fixed.
     """
-    onnx_ir, optimizer = _libraries()
+    onnx_ir, _ = _libraries()
     model = load_graph(graph)
-    for value in model.graph.inputs:
-        value.shape = onnx_ir.Shape([bucket.batch_size, *bucket.extent])
     for value, spec in zip(model.graph.outputs, signature.outputs, strict=True):
         value.shape = onnx_ir.Shape(_output_shape(value, spec, bucket.batch_size, bucket.length))
-    _read_indices(model, graph.parent)
+    _fix_shapes(model, graph.parent, (bucket.batch_size, *bucket.extent))
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    free = [value.name for value in model.graph.outputs if not _is_static(value)]
+    if free:
+        raise ExportError(f"variant {bucket.name} has outputs {free} whose shape is not fixed; report this model")
+    onnx_ir.save(model, target)
+    return activation_bytes(model.graph)
+
+
+def shapes_at(graph: Path, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the values of ``graph`` have, by name, where its inputs have one size.
+
+    A value whose shape depends on what it is computed from is left out.
+    """
+    model = load_graph(graph)
+    _fix_shapes(model, graph.parent, (rows, tokens))
+    values = [value for node in model.graph for value in node.outputs if _is_static(value)]
+    return {str(value.name): tuple(int(str(size)) for size in value.shape or ()) for value in values}
+
+
+def _fix_shapes(model: ir.Model, folder: Path, size: tuple[int, ...]) -> None:
+    """Give the inputs their size, and every value the shape that follows."""
+    onnx_ir, optimizer = _libraries()
+    for value in model.graph.inputs:
+        value.shape = onnx_ir.Shape(size)
+    _read_indices(model, folder)
     optimizer.fold_constants(
         model,
         onnx_shape_inference=True,
@@ -242,12 +265,6 @@ def specialise(graph: Path, bucket: Bucket, signature: Signature, target: Path) 
         output_size_limit=_FOLDED_ELEMENTS,
         should_fold=lambda node: False if any(_is_external(value) for value in node.inputs) else None,
     )
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-    free = [value.name for value in model.graph.outputs if not _is_static(value)]
-    if free:
-        raise ExportError(f"variant {bucket.name} has outputs {free} whose shape is not fixed; report this model")
-    onnx_ir.save(model, target)
-    return activation_bytes(model.graph)
 
 
 def _read_indices(model: ir.Model, folder: Path) -> None:

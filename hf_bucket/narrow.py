@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # Operators that make every element from the elements at its place, with ONNX's broadcasting (onnx.ai/onnx/operators).
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {"Abs", "Add", "And", "Cast", "Clip", "Div", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater", "GreaterOrEqual"}
     | {"HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish", "Mul"}
     | {"Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub"}
@@ -117,7 +117,7 @@ def _narrowed_inputs(node: ir.Node, axis: int) -> dict[int, int] | None:
     rank = _rank(node.outputs[0])
     if rank is None or rank < axis:
         return None
-    if node.op_type in _ELEMENTWISE:
+    if node.op_type in ELEMENTWISE:
         known = [found for value, found in zip(node.inputs, ranks, strict=True) if value is not None]
         if None in known:
             return None

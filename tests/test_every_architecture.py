@@ -11,8 +11,13 @@ from types import ModuleType
 import pytest
 from conftest import tiny_tokenizer
 
+from hf_bucket.artifact import GRAPH
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import ModelError
+from hf_bucket.flatten import SIZES, flatten
+from hf_bucket.graph import load_graph, save_rewritten, shapes_at
+from hf_bucket.probes import PROBES, load_probes, validate
+from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph
 from hf_bucket.source import Source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +81,34 @@ def test_every_bucket_gives_unpadded_torchs_answer(script: ModuleType, tmp_path:
     assert (found.verdict, found.reason) == ("same", "")
     assert found.runs > 100
     assert found.difference <= 1e-4 * found.spread
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers"),
+    [
+        pytest.param("bert", 12, id="bert"),
+        pytest.param("albert", 13, id="albert: another width of embeddings"),
+        pytest.param("bart", 32, id="bart: a decoder looks at the encoder's rows"),
+        pytest.param("deberta-v2", 12, id="deberta-v2: layers on positions, not on rows"),
+        pytest.param("modernbert", 8, id="modernbert: layers split in two"),
+        pytest.param("xlnet", 0, id="xlnet: tokens before rows"),
+    ],
+)
+def test_linear_layers_on_lists_of_tokens_give_unpadded_torchs_answer(
+    script: ModuleType, tmp_path: Path, model_type: str, layers: int
+) -> None:
+    script.save(*script.build(model_type), tmp_path)
+    compiled = compile_model(Source(name=str(tmp_path)), CompileOptions(buckets=[6, 13], batch_sizes=[1, 3]))
+    graph = Path(shutil.copytree(compiled.folder, tmp_path / "compiled")) / GRAPH
+    model = load_graph(graph)
+    assert flatten(model, {size: shapes_at(graph, *size) for size in SIZES}) == layers
+    save_rewritten(model, graph, graph)
+    shared = open_graph(graph, EngineOptions(threads=1))
+    signature = compiled.manifest.signature
+    reference, probes = load_probes(compiled.folder / PROBES)
+    for bucket in compiled.manifest.ladder:
+        session = OrtSession(bucket, shared, tuple(spec.name for spec in signature.outputs))
+        validate(bucket, session, probes, signature, reference=reference, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", LEAKS)

@@ -180,7 +180,12 @@ def test_a_tool_that_fails_is_reported_and_left_out(folder: Path, monkeypatch: p
     def fails(model: object, graph: Path) -> None:
         raise RuntimeError("no such pattern\nand more")
 
-    monkeypatch.setattr(fuse, "_by_transformers" if fusion is REWRITTEN[0] else "_by_onnxruntime", fails)
+    tools = {
+        "token-list": "_by_flatten",
+        "ort_fusions": "_by_transformers",
+        "onnxruntime.transformers": "_by_onnxruntime",
+    }
+    monkeypatch.setattr(fuse, tools[fusion.name], fails)
     said: list[str] = []
     found = tried(folder, monkeypatch, said)
     assert said == [f"{fusion.name} cannot be tried on this model: RuntimeError: no such pattern"]

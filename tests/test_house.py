@@ -17,7 +17,7 @@ PACKAGE = Path(hf_bucket.__file__).parent
 ROOMS = (
     {"errors"},
     {"ladder", "tasks", "weights", "narrow", "liveness"},
-    {"families", "overflow", "fusions", "assign", "histogram", "joint"},
+    {"families", "overflow", "fusions", "flatten", "assign", "histogram", "joint"},
     {"planner", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "stats", "workers", "memory"},

@@ -1,0 +1,184 @@
+"""Less graph: linear layers take one list of all tokens instead of rows of tokens.
+
+On ``(row, token, feature)`` a linear layer is a product of matrices and then a sum; on ``(token, feature)`` onnxruntime
+makes one Gemm of the two, and the bias takes no pass over the memory of its own. The keys of an attention are turned by
+one Transpose where torch's exporter writes two, and the computation of the shapes between them.
+
+Which values are rows of tokens is not guessed from operators: it is read off the shapes for two sizes of input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_bucket.narrow import ELEMENTWISE
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Size = tuple[int, int]  # rows, and tokens of each
+Shapes = Mapping[Size, Mapping[str, tuple[int, ...]]]  # of values by name, for several sizes of input
+Axes = tuple[bool, int]  # of rows of tokens: whether each has all its tokens or one, and the features of a token
+
+SIZES: tuple[Size, Size] = ((2, 3), (5, 7))  # small enough for every model, and no number is in both
+
+
+def flatten(model: ir.Model, shapes: Shapes) -> int:
+    """Let linear layers, and what treats tokens one by one after them, take lists of tokens; return how many layers do.
+
+    Args:
+        shapes: of the graph's values, for each of ``SIZES``. A value that is missing stays as it is.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    _turn_keys_once(model, shapes)
+    lists = _Lists(model, shapes)
+    layers = 0
+    for node in list(model.graph):
+        if lists.suit(node):
+            lists.give(node)
+            layers += node.op_type == "MatMul"
+        else:
+            lists.spare(node)
+    RemoveUnusedNodesPass()(model)
+    return layers
+
+
+class _Lists:
+    """The values of a graph that became lists of tokens, and the Reshapes between them and all others."""
+
+    def __init__(self, model: ir.Model, shapes: Shapes) -> None:
+        self._model, self._shapes = model, shapes
+        self._lists: set[ir.Value] = set()
+        self._reshaped: dict[ir.Value, ir.Value] = {}  # to lists, and from lists to rows
+        self._sizes: dict[int, ir.Value] = {}  # of all rows, by their features
+
+    def suit(self, node: ir.Node) -> bool:
+        """Return whether a node can compute a list: a linear layer, or what treats tokens one by one after one."""
+        axes = self._axes(node.outputs[0]) if len(node.outputs) == 1 and not node.domain else None
+        if axes is None or node.outputs[0].is_graph_output():
+            return False
+        if node.op_type == "MatMul":
+            return self._axes(node.inputs[0]) is not None and _constant_rank(node.inputs[1]) == 2
+        by_token = node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) in (-1, 2)
+        if not by_token and node.op_type not in ELEMENTWISE:
+            return False
+        inputs = [value for value in node.inputs if value is not None]
+        lists = any(value in self._lists for value in inputs)
+        return lists and all(self._alike(axes, value) or _constant_rank(value) in (0, 1) for value in inputs)
+
+    def give(self, node: ir.Node) -> None:
+        """Let a node compute a list from lists."""
+        for place, value in enumerate(node.inputs):
+            axes = self._axes(value)
+            if value is None or axes is None or value in self._lists:
+                continue
+            if value not in self._reshaped:
+                maker = value.producer()
+                remade = maker is not None and maker.op_type == "Reshape"  # then what that was made of will do
+                source = maker.inputs[0] if maker is not None and remade else value
+                self._reshaped[value] = self._reshape(source, [-1, axes[1]], behind=value)
+            node.replace_input_with(place, self._reshaped[value])
+        self._lists.add(node.outputs[0])
+
+    def spare(self, node: ir.Node) -> None:
+        """Let a node have rows where it had them; a Reshape can do with a list, unless it copies sizes from it."""
+        for place, value in enumerate(node.inputs):
+            if value not in self._lists or (node.op_type == "Reshape" and node.attributes.get_int("allowzero", False)):
+                continue
+            if value not in self._reshaped:
+                several, features = self._axes(value) or (True, 0)
+                sizes = self._sizes_of_rows(features) if several else [-1, 1, features]
+                self._reshaped[value] = self._reshape(value, sizes, behind=value)
+            node.replace_input_with(place, self._reshaped[value])
+
+    def _alike(self, axes: Axes, value: ir.Value) -> bool:
+        """Return whether a value holds as many tokens as another of these axes."""
+        found = self._axes(value)
+        return found is not None and found[0] == axes[0]
+
+    def _axes(self, value: ir.Value | None) -> Axes | None:
+        """Return the axes of rows of tokens; None for any other value."""
+        shapes = [self._shapes[size].get(str(value and value.name), ()) for size in SIZES]
+        for several in (True, False):
+            leading = [(rows, tokens if several else 1) for rows, tokens in SIZES]
+            if [shape[:2] for shape in shapes] == leading and shapes[0][2:] == shapes[1][2:] and len(shapes[0]) == 3:
+                return several, shapes[0][2]
+        return None
+
+    def _sizes_of_rows(self, features: int) -> ir.Value:
+        """Return the value ``[rows, tokens, features]``, which is made from the graph's first input."""
+        import onnx_ir
+
+        if features not in self._sizes:
+            first, last = _constant([0, 1]), _constant([features])
+            shape = onnx_ir.node("Shape", [self._model.graph.inputs[0]])
+            leading = onnx_ir.node("Gather", [shape.outputs[0], first.outputs[0]])
+            whole = onnx_ir.node("Concat", [leading.outputs[0], last.outputs[0]], {"axis": 0})
+            self._model.graph.insert_before(self._model.graph[0], [first, last, shape, leading, whole])
+            self._sizes[features] = whole.outputs[0]
+        return self._sizes[features]
+
+    def _reshape(self, source: ir.Value | None, sizes: Sequence[int] | ir.Value, *, behind: ir.Value) -> ir.Value:
+        """Return a value of other sizes; it is made right behind the one that it stands for."""
+        import onnx_ir
+
+        new = [] if isinstance(sizes, onnx_ir.Value) else [_constant(sizes)]
+        wanted = sizes if isinstance(sizes, onnx_ir.Value) else new[0].outputs[0]
+        new.append(onnx_ir.node("Reshape", [source, wanted]))
+        if (maker := behind.producer()) is not None:
+            maker.append(new)
+        else:
+            self._model.graph.insert_before(self._model.graph[0], new)
+        return new[-1].outputs[0]
+
+
+def _constant(numbers: Sequence[int]) -> ir.Node:
+    import onnx_ir
+
+    return onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(numbers, dtype=np.int64))})
+
+
+def _constant_rank(value: ir.Value | None) -> int | None:
+    """Return the number of axes of a weight or another constant; None for what is computed."""
+    if value is None:
+        return None
+    tensor = value.const_value
+    maker = value.producer()
+    if tensor is None and maker is not None and maker.op_type == "Constant" and "value" in maker.attributes:
+        tensor = maker.attributes["value"].as_tensor()
+    return None if tensor is None else len(tensor.shape)
+
+
+def _turn_keys_once(model: ir.Model, shapes: Shapes) -> None:
+    """Replace ``(a, b, c, d)`` -> ``(a * b, c, d)`` -> ``(a * b, d, c)`` -> ``(a, b, d, c)`` by one Transpose."""
+    import onnx_ir
+
+    for node in list(model.graph):
+        turn = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
+        if turn is None or turn.op_type != "Transpose" or [*turn.attributes.get_ints("perm", ())] != [0, 2, 1]:
+            continue
+        merge = turn.inputs[0].producer() if turn.inputs[0] is not None else None
+        source = merge.inputs[0] if merge is not None and merge.op_type == "Reshape" else None
+        if (
+            merge is None
+            or source is None
+            or not all(
+                _merges_heads(*(of.get(str(value.name), ()) for value in (source, merge.outputs[0], node.outputs[0])))
+                for of in (shapes[size] for size in SIZES)
+            )
+        ):
+            continue
+        once = onnx_ir.node("Transpose", [source], {"perm": [0, 1, 3, 2]})
+        node.prepend(once)
+        node.outputs[0].replace_all_uses_with(once.outputs[0])
+
+
+def _merges_heads(source: tuple[int, ...], merged: tuple[int, ...], result: tuple[int, ...]) -> bool:
+    if len(source) != 4:
+        return False
+    rows, heads, tokens, width = source
+    return merged == (rows * heads, tokens, width) and result == (rows, heads, width, tokens)
