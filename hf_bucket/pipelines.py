@@ -135,7 +135,7 @@ class TextClassificationPipeline:
         given: dict[str, Any] = {} if top_k == "" else {"top_k": top_k}
         others = {"function_to_apply": function_to_apply, "truncation": truncation, "max_length": max_length}
         given.update({name: value for name, value in others.items() if value is not None})
-        options = replace(self._defaults, **given)
+        options = replace(self._defaults, **given) if given else self._defaults
         if isinstance(inputs, (str, Mapping)):
             text = check_text(dict(inputs) if isinstance(inputs, Mapping) else inputs, 0)
             result = self._classify([text], options, 0)[0]
@@ -203,7 +203,7 @@ class TextClassificationPipeline:
         rows = self.runner.run(features)
         if not rows:
             return []
-        logits = np.stack([row["logits"] for row in rows]).astype(np.float32)
+        logits = np.array([row["logits"] for row in rows], dtype=np.float32)
         return self._labels(FUNCTIONS[self._function(options)](logits), options)
 
     def _truncation(self, options: CallOptions) -> Truncation | None:
@@ -225,14 +225,15 @@ class TextClassificationPipeline:
     def _labels(self, scores: NDArray[Any], options: CallOptions) -> list[Any]:
         """Return what is answered for every row. Shape of ``scores``: (row, label)."""
         names = self.runner.artifact.manifest.labels
-        kept = 1 if options.top_k == "" else options.top_k
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : kept if isinstance(kept, int) else None]
+        if options.top_k == "":
+            rows = zip(scores.argmax(axis=1).tolist(), scores.tolist(), strict=True)
+            return [{"label": names[index], "score": row[index]} for index, row in rows]
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : options.top_k if options.top_k else None]
         best = np.take_along_axis(scores, order, axis=1).tolist()
-        ranked = [
+        return [
             [{"label": names[index], "score": score} for index, score in zip(*row, strict=True)]
             for row in zip(order.tolist(), best, strict=True)
         ]
-        return [row[0] for row in ranked] if options.top_k == "" else ranked
 
 
 def _begun(call: Callable[[], Features]) -> Callable[[], Features]:

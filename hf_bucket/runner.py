@@ -83,6 +83,7 @@ class Runner:
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
         self._cost, self._given_cost = cost, cost
+        self._alone: dict[int | None, Bucket] = {}  # by length: the bucket of a row that comes alone
         self._overflow = make_overflow(self.options.overflow)
         self._make, self._dynamic = engine, dynamic
         self._encoder: Encoder | None = None
@@ -129,14 +130,7 @@ class Runner:
         Rows that are windows of one text are pooled into one. A row longer than the largest bucket, which only
         ``overflow="dynamic"`` lets through, runs alone at its exact length.
         """
-        assignments = assign(
-            features.lengths,
-            self.ladder,
-            self._cost or cells_cost,
-            exact=True,
-            kinds=self._kinds(features),
-            promote=self._cost is not None,
-        )
+        assignments = self._assign(features)
         workers, sessions = self._engines.of_batches(len(assignments))
 
         def run_one(assignment: Assignment) -> tuple[PaddedBatch, dict[int, Row]]:
@@ -308,6 +302,18 @@ class Runner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         artifact, options = open_artifact(state.pop("folder")), state.pop("options")
         Runner.__init__(self, artifact, options, **state)
+
+    def _assign(self, features: Features) -> list[Assignment]:
+        """Return the batches of a request; which bucket takes a row alone is worked out once for every length."""
+        kinds = self._kinds(features)
+        alone = features.lengths[0] if len(features) == 1 else None
+        if alone in self._alone:
+            return [Assignment(bucket=self._alone[alone], rows=(0,))]
+        cost, promote = self._cost or cells_cost, self._cost is not None
+        assignments = assign(features.lengths, self.ladder, cost, exact=True, kinds=kinds, promote=promote)
+        if alone is not None and alone <= self.ladder.max_length:
+            self._alone[alone] = assignments[0].bucket
+        return assignments
 
     def _sample(self, bucket: Bucket) -> Mapping[str, Array]:
         return sample_batch(self.encoder, bucket, self.signature, self.artifact.manifest.vocab_size)

@@ -279,8 +279,8 @@ def _settings(options: EngineOptions, fusion: Fusion) -> Any:
     # Both plan where tensors lie and double what runs compute in: worth it in shared mode only, see docs/memory.md.
     settings.enable_mem_pattern = settings.enable_mem_reuse = options.mode != "static"
     settings.add_session_config_entry("session.use_env_allocators", "1")
-    # threads that wait for the next run by spinning would take the cores from other sessions
-    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    # threads wait for work by spinning, but not for long: they would take the cores from other sessions
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     if fusion.basic:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return settings

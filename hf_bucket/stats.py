@@ -48,8 +48,10 @@ class Counts:
     def add(self, batches: Sequence[PaddedBatch], features: Features) -> None:
         """Count the batches that one request was run in."""
         cut = set(features.truncated)
-        parts = Counter(features.owners or ())
-        several = [parts[owner] > 1 for owner in features.owners or ()]
+        several: list[bool] = []
+        if features.owners is not None:
+            parts = Counter(features.owners)
+            several = [parts[owner] > 1 for owner in features.owners]
         with self._lock:
             for batch in batches:
                 tally = self._tallies[batch.bucket]
