@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _TRIED = 4  # buckets that are timed, from the smallest to the largest
-_EACH_S = 1.0  # for one way against onnxruntime's own
+_EACH_S = 2.0  # for one way against onnxruntime's own
+_LONGEST_S = 0.05  # a run that is timed takes no longer, or there are too few to tell noise from gain
 _GAIN = 0.98  # of the time: less is noise, and onnxruntime's own stays
 _OWN_WAY = 0.95  # of the time with what is best for all: then a bucket gets another, and weights of its own
 
@@ -46,10 +47,12 @@ def choose_fusion(
             transformers and onnxruntime's offline tool rewrite: for int8, which they do not know.
         report: is told of a way that cannot be tried.
     """
-    tried = _spread(ladder)
     own = _Way(OWN, folder / GRAPH)
-    if own.seconds(tried[-1], batches) < SHORTEST_S:
+    largest = max(ladder, key=lambda bucket: bucket.cells)
+    longest_s = own.seconds(largest, batches)
+    if longest_s < SHORTEST_S:
         return None
+    tried = _spread(ladder, most_cells=largest.cells * _LONGEST_S / longest_s)
     relative: dict[str, Mapping[Bucket, float]] = {OWN.name: dict.fromkeys(tried, 1.0)}
     for fusion in FUSIONS[1:]:
         if fusion.rewritten and not (check and _rewrite(fusion, folder / GRAPH, report)):
@@ -74,9 +77,10 @@ Report = Callable[[str], None]
 Check = Callable[[Session], None]
 
 
-def _spread(ladder: Ladder) -> list[Bucket]:
-    """Return some buckets from the smallest to the largest, by their cells."""
-    ordered = sorted(ladder, key=lambda bucket: bucket.cells)
+def _spread(ladder: Ladder, *, most_cells: float) -> list[Bucket]:
+    """Return some buckets from the smallest to the largest of so many cells."""
+    every = sorted(ladder, key=lambda bucket: bucket.cells)
+    ordered = [bucket for bucket in every if bucket.cells <= most_cells] or every[:1]
     places = np.linspace(0, len(ordered) - 1, min(_TRIED, len(ordered))).round().astype(int)
     return [ordered[place] for place in dict.fromkeys(places.tolist())]
 

@@ -142,15 +142,28 @@ def test_every_bucket_tried_has_its_figures(folder: Path, monkeypatch: pytest.Mo
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 99)), min_size=1, max_size=12, unique=True))
-def test_buckets_tried_reach_from_the_smallest_to_the_largest(pairs: list[tuple[int, int]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 99)), min_size=1, max_size=12, unique=True),
+    st.integers(1, 1000),
+)
+def test_buckets_tried_reach_from_the_smallest_to_the_largest_that_is_not_too_long(
+    pairs: list[tuple[int, int]], most_cells: int
+) -> None:
     ladder = make_ladder(pairs)
-    found = _spread(ladder)
+    found = _spread(ladder, most_cells=most_cells)
     cells = sorted(bucket.cells for bucket in ladder)
-    assert len(found) == len(set(found)) == min(4, len(ladder))
+    short = [size for size in cells if size <= most_cells] or cells[:1]
+    assert len(found) == len(set(found)) == min(4, len(short))
     assert [bucket.cells for bucket in found] == sorted(bucket.cells for bucket in found)
-    assert found[-1].cells == cells[-1]
-    assert found[0].cells == cells[0]
+    assert (found[0].cells, found[-1].cells) == (short[0], short[-1])
+
+
+def test_a_run_that_is_too_long_to_be_timed_often_is_not_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse, "_LONGEST_S", 0.5)
+    monkeypatch.setattr(fuse._Way, "seconds", lambda *_: 1.0)
+    found = tried(folder, monkeypatch, [], rewrite=False)
+    assert found is not None
+    assert set(found.buckets) == {"b1_s8", "b1_s16", "b3_s8"}, "the largest has 48 cells, half of them are 24"
 
 
 SMALL, LARGE = make_ladder([(1, 8), (8, 64)])
