@@ -262,6 +262,11 @@ class EvalReport:
         return next(figures for figures in self.systems if figures.system == BUCKETED)
 
     @property
+    def precision(self) -> str:
+        """What was computed in: ``"float32"``, or ``"float32, hf_bucket int8"`` where the systems differ."""
+        return f"float32, {BUCKETED} {self.quantize}" if self.quantize else "float32"
+
+    @property
     def failed(self) -> bool:
         """Whether bucketing changed a label; what int8 changes is told, and is no failure."""
         return bool(self.bucketed.label_flips) and self.quantize is None
@@ -284,7 +289,7 @@ class EvalReport:
             "n": self.n,
             "model": self.model,
             "revision": self.revision,
-            "precision": self.quantize or "float32",
+            "precision": self.precision,
             "labels": list(self.labels),
             "ladder": list(self.ladder),
             "calibration": self.calibration,
@@ -303,7 +308,8 @@ class EvalReport:
             [
                 f"{self.task} {self.split}, {self.n} texts, {self.model}",
                 f"ladder {', '.join(self.ladder)}",
-                f"{self.machine['cpu']}, {self.machine['usable_cores']} cores; {self.rounds} rounds in turns, float32",
+                f"{self.machine['cpu']}, {self.machine['usable_cores']} cores; {self.rounds} rounds in turns, "
+                f"{self.precision}",
                 "",
                 *_aligned([_HEADER + tuple(self.bucketed.metrics), *(_cells(figures) for figures in self.systems)]),
             ]

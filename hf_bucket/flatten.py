@@ -2,7 +2,7 @@
 
 On ``(row, token, feature)`` a linear layer is a product of matrices and then a sum; on ``(token, feature)`` onnxruntime
 makes one Gemm of the two, and the bias takes no pass over the memory of its own. The keys of an attention are turned by
-one Transpose where torch's exporter writes two, and the computation of the shapes between them.
+one Transpose where torch's exporter writes a Transpose between two Reshapes, and what computes their shapes.
 
 Which values are rows of tokens is not guessed from operators: it is read off the shapes for two sizes of input.
 """
@@ -29,11 +29,15 @@ SIZES: tuple[Size, Size] = ((2, 3), (5, 7))  # small enough for every model, and
 def flatten(model: ir.Model, shapes: Shapes) -> int:
     """Let linear layers, and what treats tokens one by one after them, take lists of tokens; return how many layers do.
 
+    A graph with branches or loops stays as it is: their bodies may read any value by its name.
+
     Args:
         shapes: of the graph's values, for each of ``SIZES``. A value that is missing stays as it is.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+    if any(node.graph is not model.graph for node in model.graph.all_nodes()):
+        return 0
     _turn_keys_once(model, shapes)
     lists = _Lists(model, shapes)
     layers = 0
@@ -53,8 +57,9 @@ class _Lists:
     def __init__(self, model: ir.Model, shapes: Shapes) -> None:
         self._model, self._shapes = model, shapes
         self._lists: set[ir.Value] = set()
-        self._reshaped: dict[ir.Value, ir.Value] = {}  # to lists, and from lists to rows
-        self._sizes: dict[int, ir.Value] = {}  # of all rows, by their features
+        self._list_of: dict[ir.Value, ir.Value] = {}  # by a value that is rows
+        self._rows_of: dict[ir.Value, ir.Value] = {}  # by a value that is a list
+        self._sizes: dict[int, ir.Value] = {}  # of rows, by their features
 
     def suit(self, node: ir.Node) -> bool:
         """Return whether a node can compute a list: a linear layer, or what treats tokens one by one after one."""
@@ -63,7 +68,7 @@ class _Lists:
             return False
         if node.op_type == "MatMul":
             return self._axes(node.inputs[0]) is not None and _constant_rank(node.inputs[1]) == 2
-        by_token = node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) in (-1, 2)
+        by_token = node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) == -1
         if not by_token and node.op_type not in ELEMENTWISE:
             return False
         inputs = [value for value in node.inputs if value is not None]
@@ -76,12 +81,12 @@ class _Lists:
             axes = self._axes(value)
             if value is None or axes is None or value in self._lists:
                 continue
-            if value not in self._reshaped:
+            if value not in self._list_of:
                 maker = value.producer()
                 remade = maker is not None and maker.op_type == "Reshape"  # then what that was made of will do
                 source = maker.inputs[0] if maker is not None and remade else value
-                self._reshaped[value] = self._reshape(source, [-1, axes[1]], behind=value)
-            node.replace_input_with(place, self._reshaped[value])
+                self._list_of[value] = self._reshape(source, [-1, axes[1]], behind=value)
+            node.replace_input_with(place, self._list_of[value])
         self._lists.add(node.outputs[0])
 
     def spare(self, node: ir.Node) -> None:
@@ -89,11 +94,13 @@ class _Lists:
         for place, value in enumerate(node.inputs):
             if value not in self._lists or (node.op_type == "Reshape" and node.attributes.get_int("allowzero", False)):
                 continue
-            if value not in self._reshaped:
-                several, features = self._axes(value) or (True, 0)
+            if value not in self._rows_of:
+                axes = self._axes(value)
+                assert axes is not None
+                several, features = axes
                 sizes = self._sizes_of_rows(features) if several else [-1, 1, features]
-                self._reshaped[value] = self._reshape(value, sizes, behind=value)
-            node.replace_input_with(place, self._reshaped[value])
+                self._rows_of[value] = self._reshape(value, sizes, behind=value)
+            node.replace_input_with(place, self._rows_of[value])
 
     def _alike(self, axes: Axes, value: ir.Value) -> bool:
         """Return whether a value holds as many tokens as another of these axes."""
@@ -102,7 +109,9 @@ class _Lists:
 
     def _axes(self, value: ir.Value | None) -> Axes | None:
         """Return the axes of rows of tokens; None for any other value."""
-        shapes = [self._shapes[size].get(str(value and value.name), ()) for size in SIZES]
+        if value is None:
+            return None
+        shapes = [self._shapes[size].get(str(value.name), ()) for size in SIZES]
         for several in (True, False):
             leading = [(rows, tokens if several else 1) for rows, tokens in SIZES]
             if [shape[:2] for shape in shapes] == leading and shapes[0][2:] == shapes[1][2:] and len(shapes[0]) == 3:
@@ -110,15 +119,15 @@ class _Lists:
         return None
 
     def _sizes_of_rows(self, features: int) -> ir.Value:
-        """Return the value ``[rows, tokens, features]``, which is made from the graph's first input."""
+        """Return the value ``[rows, -1, features]``, which is made from the graph's first input."""
         import onnx_ir
 
         if features not in self._sizes:
-            first, last = _constant([0, 1]), _constant([features])
+            first, rest = _constant([0]), _constant([-1, features])
             shape = onnx_ir.node("Shape", [self._model.graph.inputs[0]])
-            leading = onnx_ir.node("Gather", [shape.outputs[0], first.outputs[0]])
-            whole = onnx_ir.node("Concat", [leading.outputs[0], last.outputs[0]], {"axis": 0})
-            self._model.graph.insert_before(self._model.graph[0], [first, last, shape, leading, whole])
+            rows = onnx_ir.node("Gather", [shape.outputs[0], first.outputs[0]])
+            whole = onnx_ir.node("Concat", [rows.outputs[0], rest.outputs[0]], {"axis": 0})
+            self._model.graph.insert_before(self._model.graph[0], [first, rest, shape, rows, whole])
             self._sizes[features] = whole.outputs[0]
         return self._sizes[features]
 

@@ -83,7 +83,7 @@ class Runner:
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
         self._cost, self._given_cost = cost, cost
-        self._alone: dict[int | None, Bucket] = {}  # by length: the bucket of a row that comes alone
+        self._alone: dict[int, Bucket] = {}  # by length: the bucket of a row that comes alone
         self._overflow = make_overflow(self.options.overflow)
         self._make, self._dynamic = engine, dynamic
         self._encoder: Encoder | None = None
@@ -305,15 +305,13 @@ class Runner:
 
     def _assign(self, features: Features) -> list[Assignment]:
         """Return the batches of a request; which bucket takes a row alone is worked out once for every length."""
-        kinds = self._kinds(features)
-        alone = features.lengths[0] if len(features) == 1 else None
-        if alone in self._alone:
-            return [Assignment(bucket=self._alone[alone], rows=(0,))]
-        cost, promote = self._cost or cells_cost, self._cost is not None
-        assignments = assign(features.lengths, self.ladder, cost, exact=True, kinds=kinds, promote=promote)
-        if alone is not None and alone <= self.ladder.max_length:
-            self._alone[alone] = assignments[0].bucket
-        return assignments
+        kinds, cost, promote = self._kinds(features), self._cost or cells_cost, self._cost is not None
+        if len(features) != 1 or features.lengths[0] > self.ladder.max_length:
+            return assign(features.lengths, self.ladder, cost, exact=True, kinds=kinds, promote=promote)
+        (length,) = features.lengths
+        if length not in self._alone:
+            self._alone[length] = assign([length], self.ladder, cost, promote=promote)[0].bucket
+        return [Assignment(bucket=self._alone[length], rows=(0,))]
 
     def _sample(self, bucket: Bucket) -> Mapping[str, Array]:
         return sample_batch(self.encoder, bucket, self.signature, self.artifact.manifest.vocab_size)

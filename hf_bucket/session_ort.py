@@ -270,6 +270,10 @@ def _check_options(path: Path, provider: str, given: Mapping[str, str], cause: A
         ) from cause
 
 
+# microsoft/onnxruntime#27916; without it threads spin for tens of milliseconds, unless they stop when a run ends
+_SPINS_FOR_A_TIME = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 26)
+
+
 def _settings(options: EngineOptions, fusion: Fusion) -> Any:
     _share_arena()
     settings = onnxruntime.SessionOptions()
@@ -279,8 +283,11 @@ def _settings(options: EngineOptions, fusion: Fusion) -> Any:
     # Both plan where tensors lie and double what runs compute in: worth it in shared mode only, see docs/memory.md.
     settings.enable_mem_pattern = settings.enable_mem_reuse = options.mode != "static"
     settings.add_session_config_entry("session.use_env_allocators", "1")
-    # threads wait for work by spinning, but not for long: they would take the cores from other sessions
+    # Threads that wait by spinning take the cores from other sessions. In shared mode the next run is mostly of this
+    # session, and may come at once.
     settings.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
+    if options.mode == "static" or not _SPINS_FOR_A_TIME:
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
     if fusion.basic:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return settings

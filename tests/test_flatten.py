@@ -183,6 +183,13 @@ def test_what_leaves_the_graph_keeps_its_rows() -> None:
         pytest.param("whole = Expand (scale, sizes)\n end = Mul (last, whole)", 6, id="not a constant"),
         pytest.param("few = Expand (scale, at1)\n end = Mul (last, few)", 6, id="computed"),
         pytest.param("end = LayerNormalization <axis = 1> (last, last)", 6, id="norm of rows"),
+        pytest.param("end = LayerNormalization <axis = 2> (last, scale)", 6, id="norm counted from the front"),
+        pytest.param(
+            "at8 = Constant <value_ints = [8]> ()\n few = Slice (last, at0, at8, at1)\n z = MatMul (few, wq)\n"
+            " t = Softmax <axis = 1> (z)\n m = ReduceMax (t, at1)\n end = Add (last, m)",
+            7,
+            id="as many tokens as there are, up to a limit",
+        ),
         pytest.param(
             "t = Transpose <perm = [0, 2, 1]> (last)\n square = MatMul (t, last)\n end = MatMul (last, square)",
             6,
@@ -199,6 +206,7 @@ def test_what_leaves_the_graph_keeps_its_rows() -> None:
 def test_whatever_does_not_treat_tokens_one_by_one_gets_rows(step: str, layers: int) -> None:
     assert_same(LAYER.replace(END, step), layers, tokens=5)
     assert_same(LAYER.replace(END, step), layers, rows=1, tokens=1)
+    assert_same(LAYER.replace(END, step), layers, rows=2, tokens=10)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +231,16 @@ def test_an_operator_of_another_domain_gets_rows() -> None:
     assert flatten(changed, known) == 6
     (ours,) = (node for node in changed.graph if node.domain == "ours")
     assert ours.inputs[0].name != "last"
+
+
+def test_a_graph_with_branches_is_left_alone() -> None:
+    """A branch reads values of the graph around it by their names."""
+    branch = "{b = ReduceMean <keepdims = 1> (last, at2)}"
+    step = (
+        f"yes = Constant <value = bool {{1}}> ()\n end = If (yes) <then_branch = t () => (float[a, b, c] b) {branch}, "
+    )
+    step += f"else_branch = e () => (float[a, b, c] b) {branch}>"
+    assert_same(LAYER.replace(END, step).replace("float[batch, length, 8] y", "float[batch, length, 1] y"), 0)
 
 
 def test_values_of_unknown_shape_are_left_alone() -> None:

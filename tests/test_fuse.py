@@ -218,6 +218,57 @@ def test_a_graph_that_gives_another_answer_is_reported_and_left_out(
     assert not [fusion for fusion in REWRITTEN if (folder / fusion.rewritten).exists()]
 
 
+def test_a_graph_that_cannot_be_run_is_reported_and_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx_ir
+
+    def breaks(model: onnx_ir.Model, graph: Path) -> onnx_ir.Model:
+        """Give the mask rows of 7 tokens, which no bucket has."""
+        mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+        sizes = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array([-1, 7]))})
+        wrong = onnx_ir.node("Reshape", [mask, sizes.outputs[0]])
+        for node, slot in list(mask.uses()):
+            if node is not wrong:
+                node.replace_input_with(slot, wrong.outputs[0])
+        model.graph.insert_before(model.graph[0], [sizes, wrong])
+        return model
+
+    monkeypatch.setattr(fuse, "_by_flatten", breaks)
+    said: list[str] = []
+    found = tried(folder, monkeypatch, said)
+    (line,) = said
+    assert line.startswith("token-list is not used: ")
+    assert "Reshape" in line
+    assert found is not None
+    assert all("token-list" not in ratios for ratios in found.relative.values())
+
+
+def test_a_graph_that_flatten_leaves_alone_is_not_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse, "flatten", lambda *_: 0)
+    said: list[str] = []
+    tried(folder, monkeypatch, said)
+    assert said == [
+        "token-list cannot be tried on this model: ExportError: none of its linear layers takes rows of tokens"
+    ]
+
+
+def test_the_largest_bucket_is_checked_though_it_is_not_timed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(fuse, "_LONGEST_S", 0.5)
+    monkeypatch.setattr(fuse, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(fuse, "_EACH_S", 0.01)
+    monkeypatch.setattr(fuse._Way, "seconds", lambda *_: 1.0)
+    manifest = open_artifact(folder).manifest
+    encoder = Encoder((folder / "tokenizer.json").read_text(), inputs=manifest.signature.input_names)
+    choose_fusion(
+        folder,
+        manifest.ladder,
+        lambda bucket: sample_batch(encoder, bucket, manifest.signature, manifest.vocab_size),
+        check=lambda session: checked.append(session.bucket.name),
+        report=[].append,
+    )
+    assert set(checked) == {bucket.name for bucket in manifest.ladder}
+
+
 def test_a_graph_that_loses_the_padding_mask_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full rows alone would not tell."""
     import onnx_ir

@@ -459,7 +459,8 @@ def test_a_label_that_int8_flips_is_counted_and_fails_nothing(request_mrpc, tmp_
     workers = FakeWorkers({"hf_bucket": shifted(1, 0, 2.5)})
     report = evaluate(replace(request_mrpc, quantize="int8"), start=workers)
     assert (report.bucketed.label_flips, report.failed) == (1, False)
-    assert report.to_json()["precision"] == "int8"
+    assert report.to_json()["precision"] == "float32, hf_bucket int8"
+    assert report.table().splitlines()[2].endswith("rounds in turns, float32, hf_bucket int8")
     options = workers.jobs["hf_bucket"].options
     assert (options["quantize"], options["calibration_dataset"]) == ("int8", [{"text": "x", "text_pair": "y"}])
     assert report.calibration == "train"

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
 from hf_bucket.cache import MACHINES, cache_root, clear
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import ArtifactError, BucketWarning, ProviderError
-from hf_bucket.session_ort import EngineOptions, packed_graph, resolve_provider
+from hf_bucket.session_ort import EngineOptions, Mode, open_sessions, packed_graph, resolve_provider
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -182,6 +183,19 @@ for way in ("ask", "close", "drop", "ask"):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("mode", ["shared", "static"])
+def test_threads_that_wait_leave_the_cores_to_others(artifact: Artifact, mode: Mode) -> None:
+    sessions = open_sessions(artifact, EngineOptions(mode=mode, threads=4))
+    bucket, session = next(iter(sessions.items()))
+    arrays = {
+        name: np.ones((bucket.batch_size, *bucket.extent), np.int64) for name in artifact.manifest.signature.input_names
+    }
+    session.run(arrays)
+    before = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.01, "seconds of processor that three idle threads took"
+
+
 def test_a_child_lets_go_of_inherited_sessions_without_waiting_for_their_threads(artifact: Artifact) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FORKING, str(artifact.folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,6 +19,7 @@ from hf_bucket.errors import BucketWarning, InputError, InputTypeError, ModelErr
 from hf_bucket.ladder import make_ladder
 from hf_bucket.pipelines import CallOptions, TextClassificationPipeline
 from hf_bucket.runner import Runner
+from hf_bucket.session import FakeSession
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -87,6 +89,22 @@ def test_defaults_given_to_the_constructor_hold_for_every_call(tiny_bert, ours, 
     mine = hf_bucket.pipeline(model=ours.runner, **options)
     yours = transformers.pipeline("text-classification", model=theirs.model, tokenizer=theirs.tokenizer, **options)
     assert_same(mine(inputs), yours(inputs))
+
+
+def test_of_labels_with_one_score_the_first_is_best(tmp_path: Path) -> None:
+    ladder = make_ladder([8], batch_sizes=[2])
+
+    class Tied(FakeSession):
+        def run(self, arrays):
+            return {"logits": np.zeros((2, 2), dtype=np.float32)}
+
+    runner = Runner(
+        fake_artifact(tmp_path, ladder), engine=lambda artifact, options: {b: Tied(b) for b in artifact.manifest.ladder}
+    )
+    pipe = TextClassificationPipeline(runner, CallOptions(function_to_apply="softmax"))
+    first = {"label": runner.artifact.manifest.labels[0], "score": 0.5}
+    assert pipe(["w1", "w2"]) == [first, first]
+    assert pipe(["w1", "w2"], top_k=1) == [[first], [first]]
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "one label"])

@@ -77,6 +77,26 @@ def test_a_length_at_an_edge_goes_where_the_rule_says(runner: Runner, length: in
     assert runner.stats()["buckets"][f"b1_s{bucket}"]["rows"] == 1
 
 
+def test_a_row_alone_takes_the_same_bucket_every_time_and_with_others_another(artifact) -> None:
+    dear = {"b1_s8": 9.0, "b4_s8": 9.0, "b1_s16": 2.0, "b4_s16": 3.0, "b1_s32": 5.0, "b4_s32": 9.0}
+    runner = Runner(
+        artifact,
+        RunOptions(overflow="dynamic"),
+        cost=lambda bucket: dear[bucket.name],
+        engine=fake_engine,
+        dynamic=lambda artifact, options, sessions: FakeSession,
+    )
+    for _ in range(2):
+        for length in (8, 9, 16, 17, 40):
+            assert answers(runner([text_of(length - 2)])) == [expected(text_of(length - 2))]
+    assert answers(runner([])) == []
+    ran = {name: figures["batches"] for name, figures in runner.stats()["buckets"].items() if figures["batches"]}
+    assert ran == {"b1_s16": 6, "b1_s32": 2}, "a longer bucket where that is cheaper"
+    assert runner.stats()["dynamic"]["batches"] == 2
+    runner([text_of(6), text_of(7)])
+    assert runner.stats()["buckets"]["b4_s16"]["batches"] == 1
+
+
 def test_stats_add_up(runner: Runner) -> None:
     runner([text_of(4), text_of(10), text_of(11)])
     stats = runner.stats()
