@@ -24,6 +24,7 @@ from bench_data import DataSet, Sizes, flat_texts, lengths_of
 from bench_environments import read_environments
 from bench_figures import Measured, Reference, Work, figures, paired, percentile, rates, table, without_folders
 from bench_systems import OURS, PROJECT, SYSTEMS, Place, ProcessWorker, System, WorkerError
+from bench_turns import Progress, Request
 
 LABELS = ("a", "b", "a")
 LOGITS = np.array([[1, 0], [0, 1], [1, 0]], dtype=np.float32)
@@ -260,8 +261,8 @@ NAMES = (OURS, "one", "two", "three")
 
 
 @pytest.fixture
-def request_of_three(tiny_bert: Path, tmp_path: Path) -> bench.Request:
-    return bench.Request(
+def request_of_three(tiny_bert: Path, tmp_path: Path) -> Request:
+    return Request(
         data=DataSet(name="mrpc", texts=TEXTS, calibration=()),
         model=tiny_bert,
         model_name="tiny",
@@ -279,7 +280,7 @@ def quiet(*_: object) -> None:
     """Say nothing."""
 
 
-def test_every_round_has_every_system_once_in_an_order_of_its_own(request_of_three: bench.Request) -> None:
+def test_every_round_has_every_system_once_in_an_order_of_its_own(request_of_three: Request) -> None:
     start = Fakes()
     bench.measure(request_of_three, [system(name) for name in NAMES], start, say=quiet)
     runs = [name for name in start.asked("run") if name in NAMES]
@@ -289,7 +290,7 @@ def test_every_round_has_every_system_once_in_an_order_of_its_own(request_of_thr
 
 
 def test_the_reference_is_gone_before_anything_is_timed_and_every_process_is_ended(
-    request_of_three: bench.Request,
+    request_of_three: Request,
 ) -> None:
     start = Fakes()
     bench.measure(request_of_three, [system(name) for name in NAMES], start, say=quiet)
@@ -300,13 +301,13 @@ def test_the_reference_is_gone_before_anything_is_timed_and_every_process_is_end
     assert sorted(start.asked("close")) == sorted([*[reference] * 3, *NAMES])
 
 
-def test_single_requests_are_dealt_over_the_rounds(request_of_three: bench.Request) -> None:
+def test_single_requests_are_dealt_over_the_rounds(request_of_three: Request) -> None:
     result = bench.measure(request_of_three, [system(OURS)], Fakes(), say=quiet)
     assert result["systems"][OURS]["single_n"] == 3
 
 
 @pytest.mark.parametrize("command", ["load", "verify", "run", "single"])
-def test_a_dead_worker_costs_one_row(request_of_three: bench.Request, command: str) -> None:
+def test_a_dead_worker_costs_one_row(request_of_three: Request, command: str) -> None:
     start = Fakes(two=command)
     result = bench.measure(request_of_three, [system(name) for name in NAMES], start, say=quiet)
     assert sorted(result["systems"]) == sorted([OURS, "one", "three"])
@@ -315,12 +316,12 @@ def test_a_dead_worker_costs_one_row(request_of_three: bench.Request, command: s
     assert start.asked(command).count("two") == 1
 
 
-def test_without_ours_the_others_have_figures_but_no_ratio(request_of_three: bench.Request) -> None:
+def test_without_ours_the_others_have_figures_but_no_ratio(request_of_three: Request) -> None:
     result = bench.measure(request_of_three, [system(OURS), system("one")], Fakes(hf_bucket="run"), say=quiet)
     assert result["systems"]["one"]["ratio"] is None
 
 
-def test_an_export_is_made_once_in_a_process_that_is_not_measured(request_of_three: bench.Request) -> None:
+def test_an_export_is_made_once_in_a_process_that_is_not_measured(request_of_three: Request) -> None:
     start = Fakes()
     systems = [system("one", prepared="export"), system("two", prepared="export")]
     result = bench.measure(request_of_three, systems, start, say=quiet)
@@ -334,7 +335,7 @@ def test_an_export_is_made_once_in_a_process_that_is_not_measured(request_of_thr
 
 
 def test_where_memory_is_short_one_system_is_loaded_at_a_time(
-    request_of_three: bench.Request, monkeypatch: pytest.MonkeyPatch
+    request_of_three: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "free_bytes", lambda: 0)
     start = Fakes()
@@ -353,7 +354,7 @@ def test_where_memory_is_short_one_system_is_loaded_at_a_time(
 
 def test_progress_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     times = iter([0.0, 0.0, 60.0])
-    progress = bench.Progress("mrpc", 3, 2, clock=lambda: next(times))
+    progress = Progress("mrpc", 3, 2, clock=lambda: next(times))
     progress("one", "loaded", 0, 3)
     progress("one", "1.00 s", 1, 3)
     loading, turn = capsys.readouterr().err.splitlines()
@@ -489,7 +490,7 @@ def test_a_missing_environment_names_the_command_that_builds_it(tmp_path: Path) 
         place.start(system("one", environment="st"))
 
 
-def test_what_was_exported_of_one_model_is_never_taken_for_another(request_of_three: bench.Request) -> None:
+def test_what_was_exported_of_one_model_is_never_taken_for_another(request_of_three: Request) -> None:
     """MRPC and SST-2 have models of one name, of different weights."""
     exported = system("one", prepared="exported")
     other = replace(request_of_three, model=request_of_three.model.with_name("another"))
