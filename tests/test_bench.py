@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench
 import bench_report
+import bench_turns
 import worker
 from bench_data import DataSet, Sizes, flat_texts, lengths_of
 from bench_environments import read_environments
@@ -337,7 +338,7 @@ def test_an_export_is_made_once_in_a_process_that_is_not_measured(request_of_thr
 def test_where_memory_is_short_one_system_is_loaded_at_a_time(
     request_of_three: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "free_bytes", lambda: 0)
+    monkeypatch.setattr(bench_turns, "free_bytes", lambda: 0)
     start = Fakes()
     systems = [system(name) for name in NAMES]
     result = bench.measure(request_of_three, systems, start, reserve_bytes=1, say=quiet)
