@@ -56,7 +56,7 @@ class _Lists:
 
     def __init__(self, model: ir.Model, shapes: Shapes) -> None:
         self._model, self._shapes = model, shapes
-        self._lists: set[ir.Value] = set()
+        self._lists: dict[ir.Value, Axes] = {}  # with what they were
         self._list_of: dict[ir.Value, ir.Value] = {}  # by a value that is rows
         self._rows_of: dict[ir.Value, ir.Value] = {}  # by a value that is a list
         self._sizes: dict[int, ir.Value] = {}  # of rows, by their features
@@ -76,7 +76,9 @@ class _Lists:
         return lists and all(self._alike(axes, value) or _constant_rank(value) in (0, 1) for value in inputs)
 
     def give(self, node: ir.Node) -> None:
-        """Let a node compute a list from lists."""
+        """Let a node that suits compute a list from lists."""
+        if (made := self._axes(node.outputs[0])) is not None:
+            self._lists[node.outputs[0]] = made
         for place, value in enumerate(node.inputs):
             axes = self._axes(value)
             if value is None or axes is None or value in self._lists:
@@ -87,17 +89,18 @@ class _Lists:
                 source = maker.inputs[0] if maker is not None and remade else value
                 self._list_of[value] = self._reshape(source, [-1, axes[1]], behind=value)
             node.replace_input_with(place, self._list_of[value])
-        self._lists.add(node.outputs[0])
 
     def spare(self, node: ir.Node) -> None:
         """Let a node have rows where it had them; a Reshape can do with a list, unless it copies sizes from it."""
         for place, value in enumerate(node.inputs):
-            if value not in self._lists or (node.op_type == "Reshape" and node.attributes.get_int("allowzero", False)):
+            if (
+                value is None
+                or value not in self._lists
+                or (node.op_type == "Reshape" and node.attributes.get_int("allowzero", False))
+            ):
                 continue
             if value not in self._rows_of:
-                axes = self._axes(value)
-                assert axes is not None
-                several, features = axes
+                several, features = self._lists[value]
                 sizes = self._sizes_of_rows(features) if several else [-1, 1, features]
                 self._rows_of[value] = self._reshape(value, sizes, behind=value)
             node.replace_input_with(place, self._rows_of[value])
@@ -153,12 +156,9 @@ def _constant(numbers: Sequence[int]) -> ir.Node:
 
 def _constant_rank(value: ir.Value | None) -> int | None:
     """Return the number of axes of a weight or another constant; None for what is computed."""
-    if value is None:
-        return None
-    tensor = value.const_value
-    maker = value.producer()
-    if tensor is None and maker is not None and maker.op_type == "Constant" and "value" in maker.attributes:
-        tensor = maker.attributes["value"].as_tensor()
+    from onnx_ir.convenience import get_const_tensor
+
+    tensor = None if value is None else get_const_tensor(value)
     return None if tensor is None else len(tensor.shape)
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
+from graphs import parsed, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,17 +75,6 @@ layer (float[batch, length, 8] x, float[1, length, 8] places) => (float[batch, l
 END = "end = Identity (last)"
 
 
-def parsed(text: str) -> onnx.ModelProto:
-    """The model of a text, its weights random."""
-    model = onnx.parser.parse_model(text)
-    generator = np.random.default_rng(0)
-    for value in model.graph.value_info:
-        content = generator.normal(size=[dim.dim_value for dim in value.type.tensor_type.shape.dim])
-        model.graph.initializer.append(onnx.numpy_helper.from_array(content.astype(np.float32), value.name))
-    model.graph.ClearField("value_info")
-    return model
-
-
 def shapes_at(model: onnx.ModelProto, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's values for one size of its inputs."""
     fixed = onnx.ModelProto()
@@ -109,15 +98,11 @@ def flattened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     return ir.serde.serialize_model(changed), layers
 
 
-def run(model: onnx.ModelProto, rows: int, tokens: int) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+def answer(model: onnx.ModelProto, rows: int, tokens: int) -> np.ndarray:
     generator = np.random.default_rng(rows * 100 + tokens)
     inputs = {"x": generator.normal(size=(rows, tokens, 8)), "places": generator.normal(size=(1, tokens, 8))}
     wanted = {value.name for value in model.graph.input}
-    return session.run(None, {name: array.astype(np.float32) for name, array in inputs.items() if name in wanted})[0]
+    return run(model, {name: array.astype(np.float32) for name, array in inputs.items() if name in wanted})
 
 
 def assert_same(text: str, layers: int, *, rows: int = 3, tokens: int = 4) -> onnx.ModelProto:
@@ -125,7 +110,7 @@ def assert_same(text: str, layers: int, *, rows: int = 3, tokens: int = 4) -> on
     model = parsed(text)
     changed, found = flattened(model)
     assert found == layers
-    np.testing.assert_allclose(run(changed, rows, tokens), run(model, rows, tokens), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(answer(changed, rows, tokens), answer(model, rows, tokens), atol=1e-5, rtol=1e-5)
     return changed
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
+from graphs import parsed, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,17 +60,6 @@ def graph(text: str) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(parsed(text), data_prop=True)
 
 
-def parsed(text: str) -> onnx.ModelProto:
-    """The model of a text, its weights random, and no shape but theirs and those of inputs and outputs."""
-    model = onnx.parser.parse_model(text)
-    generator = np.random.default_rng(0)
-    for value in model.graph.value_info:
-        content = generator.normal(size=[dim.dim_value for dim in value.type.tensor_type.shape.dim])
-        model.graph.initializer.append(onnx.numpy_helper.from_array(content.astype(np.float32), value.name))
-    model.graph.ClearField("value_info")
-    return model
-
-
 def narrowed(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """The model after ``narrow``, without the shapes that no longer hold, and the count of smaller products."""
     changed = ir.serde.deserialize_model(model)
@@ -80,14 +69,6 @@ def narrowed(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
             if not output.is_graph_output():
                 output.shape = None
     return ir.serde.serialize_model(changed), moved
-
-
-def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)[0]
 
 
 def inputs_of(batch: int, length: int) -> dict[str, np.ndarray]:
