@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hf_bucket.narrow import ELEMENTWISE
+from hf_bucket.narrow import ELEMENTWISE, constant, insert_behind
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -126,7 +124,7 @@ class _Lists:
         import onnx_ir
 
         if features not in self._sizes:
-            first, rest = _constant([0]), _constant([-1, features])
+            first, rest = constant([0]), constant([-1, features])
             shape = onnx_ir.node("Shape", [self._model.graph.inputs[0]])
             rows = onnx_ir.node("Gather", [shape.outputs[0], first.outputs[0]])
             whole = onnx_ir.node("Concat", [rows.outputs[0], rest.outputs[0]], {"axis": 0})
@@ -138,20 +136,11 @@ class _Lists:
         """Return a value of other sizes; it is made right behind the one that it stands for."""
         import onnx_ir
 
-        new = [] if isinstance(sizes, onnx_ir.Value) else [_constant(sizes)]
+        new = [] if isinstance(sizes, onnx_ir.Value) else [constant(sizes)]
         wanted = sizes if isinstance(sizes, onnx_ir.Value) else new[0].outputs[0]
         new.append(onnx_ir.node("Reshape", [source, wanted]))
-        if (maker := behind.producer()) is not None:
-            maker.append(new)
-        else:
-            self._model.graph.insert_before(self._model.graph[0], new)
+        insert_behind(self._model, behind, new)
         return new[-1].outputs[0]
-
-
-def _constant(numbers: Sequence[int]) -> ir.Node:
-    import onnx_ir
-
-    return onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(numbers, dtype=np.int64))})
 
 
 def _constant_rank(value: ir.Value | None) -> int | None:

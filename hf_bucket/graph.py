@@ -14,7 +14,7 @@ from hf_bucket.artifact import WEIGHTS
 from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
 from hf_bucket.liveness import activation_bytes
-from hf_bucket.narrow import narrow
+from hf_bucket.narrow import constant, narrow
 from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature, Task
 from hf_bucket.weights import check_external_data
 
@@ -140,7 +140,6 @@ def _name_squeezed_axes(model: ir.Model) -> None:
 
     mBART's ``shift_tokens_right`` has such a one. Only axes whose size was 1 whatever the batch are meant.
     """
-    onnx_ir, _ = _libraries()
     for node in list(model.graph.all_nodes()):
         if node.op_type != "Squeeze" or "axes" in node.attributes or len(node.inputs) > 1:
             continue
@@ -148,7 +147,7 @@ def _name_squeezed_axes(model: ir.Model) -> None:
         if dims is None:
             continue  # nothing says which axes are meant; a batch of one is compared with torch like all others
         places = [place for place, dim in enumerate(dims) if dim == 1]
-        axes = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(places, dtype=np.int64))})
+        axes = constant(places)
         node.prepend(axes)
         node.resize_inputs(2)
         node.replace_input_with(1, axes.outputs[0])

@@ -9,6 +9,7 @@ this leaves out a seventh of the arithmetic, of twelve a fourteenth.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -159,12 +160,9 @@ def _narrow_reshape(node: ir.Node, axis: int) -> dict[int, int] | None:
         return None
     if prod(sizes[: len(after)]) != prod(sizes[len(after) :]):  # else, of equal sizes in all, the tokens stay too
         return None
-    import onnx_ir
-
-    shape = np.array([*[0] * place, 1, *sizes[len(after) :]], dtype=np.int64)  # 0: as long as in the input
-    constant = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(shape)})
-    node.prepend(constant)
-    node.replace_input_with(1, constant.outputs[0])
+    shape = constant([*[0] * place, 1, *(int(str(size)) for size in sizes[len(after) :])])  # 0: as long as in the input
+    node.prepend(shape)
+    node.replace_input_with(1, shape.outputs[0])
     return {0: len(source.shape) - place}
 
 
@@ -172,13 +170,24 @@ def _slice(model: ir.Model, value: ir.Value, axis: int, place: int, uses: list[U
     """Give ``uses`` one token of a value; along an axis of size 1 that is the value itself."""
     import onnx_ir
 
-    bounds = (place, 1 if place == _FIRST else _END, -axis)
-    constants = [onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array([n]))}) for n in bounds]
-    chosen = onnx_ir.node("Slice", [value, *(constant.outputs[0] for constant in constants)])
-    producer = value.producer()
-    if producer is None:
-        model.graph.insert_before(model.graph[0], [*constants, chosen])
-    else:
-        producer.append([*constants, chosen])
+    constants = [constant([n]) for n in (place, 1 if place == _FIRST else _END, -axis)]
+    chosen = onnx_ir.node("Slice", [value, *(one.outputs[0] for one in constants)])
+    insert_behind(model, value, [*constants, chosen])
     for node, slot in uses:
         node.replace_input_with(slot, chosen.outputs[0])
+
+
+def constant(numbers: Sequence[int]) -> ir.Node:
+    """Return a node whose output is these numbers."""
+    import onnx_ir
+
+    return onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(numbers, dtype=np.int64))})
+
+
+def insert_behind(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes right behind the one that makes a value; what nobody makes is there from the beginning."""
+    producer = value.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], nodes)
+    else:
+        producer.append(nodes)
