@@ -44,7 +44,7 @@ def choose_fusion(
     Args:
         batches: makes what a bucket runs on.
         check: raises an ExportError if a session does not give the reference's answers. None leaves out the graphs that
-            are rewritten: for int8, which nobody who does so knows.
+            are rewritten: for int8, since whoever rewrites a graph knows float only.
         report: is told of a way that cannot be tried.
     """
     own = _Way(OWN, folder / GRAPH)
@@ -55,16 +55,19 @@ def choose_fusion(
     tried = _spread(ladder, most_cells=largest.cells * _LONGEST_S / longest_s)
     relative: dict[str, Mapping[Bucket, float]] = {OWN.name: dict.fromkeys(tried, 1.0)}
     for fusion in FUSIONS[1:]:
-        if fusion.rewritten and not (check and _rewrite(fusion, folder / GRAPH, report)):
+        if fusion.rewritten and check is None:
             continue
         try:
+            if fusion.rewritten:
+                _rewrite(fusion, folder / GRAPH)
             way = _Way(fusion, folder / (fusion.rewritten or GRAPH))
             if check and fusion.rewritten:
                 for session in way.sessions([*tried, largest]).values():
                     check(session)
             relative[fusion.name] = own.compared(way, tried, batches)
-        except Exception as error:  # noqa: BLE001 - of onnxruntime's when it runs; without this way all is as it was
-            report(f"{fusion.name} is not used: {error}")
+        except Exception as error:  # noqa: BLE001 - tools and onnxruntime raise anything; without this way all is as it was
+            reason = next(iter(str(error).splitlines()), "")
+            report(f"{fusion.name} is not used on this model: {type(error).__name__}: {reason}")
     choice = _choice(relative, tried)
     for fusion in FUSIONS:
         if fusion.rewritten and fusion.name not in {choice.chosen, *choice.buckets.values()}:
@@ -122,20 +125,14 @@ class _Way:
         return ratios
 
 
-def _rewrite(fusion: Fusion, graph: Path, report: Report) -> bool:
-    """Write the graph as a tool rewrites it, with the same file of weights; False, and a line, where that fails."""
+def _rewrite(fusion: Fusion, graph: Path) -> None:
+    """Write the graph as a tool rewrites it, with the same file of weights."""
     tools: dict[str, Callable[[ir.Model, Path], ir.Model]] = {
         "token-list": _by_flatten,
         "ort_fusions": _by_transformers,
         "onnxruntime.transformers": _by_onnxruntime,
     }
-    try:
-        save_rewritten(tools[fusion.name](load_graph(graph), graph), graph, graph.with_name(fusion.rewritten))
-    except Exception as error:  # noqa: BLE001 - a tool that cannot take this graph makes nothing faster, and says why
-        reason = next(iter(str(error).splitlines()), "")
-        report(f"{fusion.name} cannot be tried on this model: {type(error).__name__}: {reason}")
-        return False
-    return True
+    save_rewritten(tools[fusion.name](load_graph(graph), graph), graph, graph.with_name(fusion.rewritten))
 
 
 def _by_flatten(model: ir.Model, graph: Path) -> ir.Model:
