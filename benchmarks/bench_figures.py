@@ -165,7 +165,7 @@ def caption(result: Mapping[str, Any]) -> str:
     peak = result["peak_gflops"]
     return (
         f"{result['n']:,} texts, {result['real_tokens']:,} real tokens (at most {result['max_length']} per text), "
-        f"{result['rounds']} rounds in turns after an untimed one, float32, batches of 32. {result['processor']}, "
+        f"{result['rounds']} rounds in turns after an untimed one, float32. {result['processor']}, "
         f"{result['usable_cores']} cores, matrix product {max(peak.values()):.0f} GFLOP/s; hf_bucket "
         f"{result['versions']['hf-bucket']}. `{result['command']}`"
     )

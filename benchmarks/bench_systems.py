@@ -54,6 +54,14 @@ BUCKETED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+def _sorted(name: str, engine: str, *, options: Mapping[str, Any] | None = None, **place: str) -> list[System]:
+    """Return a rival that sorts texts by length: in batches of 32, and of 8, which pad less."""
+    return [
+        System(name=f"{name}, sorted{label}", engine=engine, options={**(options or {}), "batch_size": n}, **place)
+        for n, label in ((32, ""), (8, ", batch 8"))
+    ]
+
+
 def _rivals() -> list[System]:
     pipelines = [
         System(name=f"transformers pipeline, batch {n}", engine="pipeline", options={"batch_size": n})
@@ -61,30 +69,26 @@ def _rivals() -> list[System]:
     ]
     torches = [
         System(name="torch, all padded alike", engine="torch", options={"sort": False, "pad": "all"}),
-        System(name="torch, sorted", engine="torch"),
+        *_sorted("torch", "torch"),
         System(name="torch.compile, sorted", engine="torch", options={"compile": True}),
     ]
     exported = [
-        System(
-            name=f"transformers ExportedModel {label}, sorted", engine="exported", options=options, prepared=prepared
-        )
+        system
         for label, options, prepared in (
             ("ONNX", {"format": "onnx"}, "exported-onnx"),
             ("ONNX fused", {"format": "onnx", "ort_fusions": "cpu"}, "exported-onnx-fused"),
             ("OpenVINO", {"format": "openvino"}, "exported-openvino"),
         )
+        for system in _sorted(f"transformers ExportedModel {label}", "exported", options=options, prepared=prepared)
     ]
-    optimum = [
-        System(
-            name=f"{engine}, {label}",
-            engine=engine,
-            environment=engine.replace("-", "_"),
-            options={"through": through, "batch_size": 32},
-            prepared=engine,
-        )
-        for engine in ("optimum-onnx", "optimum-intel")
-        for through, label in (("pipeline", "pipeline, batch 32"), ("batches", "sorted"))
-    ]
+    optimum = []
+    for engine in ("optimum-onnx", "optimum-intel"):
+        place = {"environment": engine.replace("-", "_"), "prepared": engine}
+        through = {"through": "pipeline", "batch_size": 32}
+        optimum += [
+            System(name=f"{engine}, pipeline, batch 32", engine=engine, options=through, **place),
+            *_sorted(engine, engine, options={"through": "batches"}, **place),
+        ]
     encoders = [
         System(
             name=f"sentence-transformers {backend}",

@@ -20,7 +20,7 @@ from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.encode import check_texts
 from hf_bucket.glue import load_task
 from hf_bucket.ladder import Bucket
-from hf_bucket.runner import Runner
+from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session import Session
 from hf_bucket.session_ort import EngineOptions, open_sessions
 from hf_bucket.source import Source
@@ -51,7 +51,8 @@ def measure(artifact: Artifact, texts: list[object], rounds: int) -> dict[str, o
     def engine(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Session]:
         return {bucket: Timed(session, seconds) for bucket, session in open_sessions(artifact, options).items()}
 
-    runner = Runner(artifact, engine=engine)
+    one_by_one = RunOptions(engine=EngineOptions(workers=1))  # else runs at once would add up to more than the clock
+    runner = Runner(artifact, one_by_one, engine=engine)
     checked = check_texts(texts)
     runner.run(runner.encode(checked))
     shares, insides, encodings = [], [], []

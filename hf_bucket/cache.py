@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 import re
@@ -47,6 +48,9 @@ def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact
     """Return the cache entry, filled if need be; without a usable cache, one that lasts as long as the process."""
     name = _entry_name(ladder)
     target = cache_root() / key / name
+    if is_artifact(target):
+        with contextlib.suppress(ArtifactError):  # damaged: told of below, where it is made again
+            return open_artifact(target)  # from a cache that may only be read, too
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # one for all ladders of a model: the second finds the first's export, and its weights, instead of its own
@@ -89,8 +93,7 @@ def warn_unwritable(error: OSError) -> None:
 def _without_cache(name: str, fill: Callable[[Path], None]) -> Artifact:
     """Return an artifact that lasts as long as the process."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
-        atexit.register(_remove_own, folder, os.getpid())
+        folder = temporary_folder()
         write_folder(folder / name, fill)
     except BucketError:
         raise
@@ -100,6 +103,13 @@ def _without_cache(name: str, fill: Callable[[Path], None]) -> Artifact:
             f"some space, or set HF_BUCKET_CACHE to a folder that has it"
         ) from error
     return open_artifact(folder / name)
+
+
+def temporary_folder() -> Path:
+    """Return a new folder that lasts as long as the process."""
+    folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
+    atexit.register(_remove_own, folder, os.getpid())
+    return folder
 
 
 def _remove_own(folder: Path, pid: int) -> None:

@@ -70,8 +70,11 @@ def certify(
         judged = atol is not None or (manifest.padding_leak is None and precision in ATOL)
         allowed = tolerance(evidence.expected, ATOL[precision] if atol is None else atol) if judged else None
         for bucket in manifest.ladder:
-            shown = replace(evidence, rows=partial(_shown, evidence, watch, f"bucket {bucket.name} ({precision})"))
-            measured = [_measure(start(bucket), shown, manifest.signature, precision, allowed) for start in opens]
+            measured = []
+            for number, start in enumerate(opens, 1):
+                what = f"bucket {bucket.name} ({precision}), graph {number} of {len(opens)}"
+                shown = replace(evidence, rows=partial(_shown, evidence, watch, what))
+                measured.append(_measure(start(bucket), shown, manifest.signature, precision, allowed))
             found.append(max(measured, key=lambda figures: (figures.label_flips, figures.max_abs_delta)))
     return tuple(found)
 

@@ -198,12 +198,13 @@ def _validate(options: argparse.Namespace) -> int:
 
     texts = _validated_texts(options)
     artifact = open_artifact(options.artifact)
+    opens = [variants(artifact), shared_graph(artifact)]  # what other engines load, and what runs here by default
     if texts is None:
-        evidence, opens = probe_evidence(artifact), [variants(artifact), shared_graph(artifact)]
+        evidence = probe_evidence(artifact)
         found = certify(artifact.manifest, evidence, opens, atol=options.atol)
     else:
         evidence = text_evidence(artifact, texts, checkpoint=options.checkpoint, report=say, watch=_watch)
-        found = certify(artifact.manifest, evidence, [variants(artifact)], atol=options.atol, watch=_watch)
+        found = certify(artifact.manifest, evidence, opens, atol=options.atol, watch=_watch)
     stored = _store(artifact, found)
     failed = [certificate for certificate in found if not certificate.passed]
     skipped = {"too_long": evidence.too_long, "empty": evidence.empty}

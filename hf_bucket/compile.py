@@ -17,6 +17,7 @@ from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifa
 from hf_bucket.cache import any_ladder, in_cache, model_key
 from hf_bucket.costs import Clock, Costs, key_of, read_costs
 from hf_bucket.data import read_column, read_dataset_column
+from hf_bucket.describe import describe_changes
 from hf_bucket.encode import Encoder, check_texts
 from hf_bucket.engines import costs_path
 from hf_bucket.errors import DataError, LadderError, ModelError
@@ -265,7 +266,7 @@ def _graph_job(files: Files, source: Source, task: Task) -> _Job:
         save_graph(model, target / GRAPH)
         link_files([path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")], target)
         rows = probe_rows(encoder, facts.max_length, facts.vocab_size)
-        engine = open_graph(target / GRAPH, EngineOptions())
+        engine = open_graph(graph, EngineOptions())  # as it was given: what adopt made of it is to be compared with it
         return Exported(signature=signature, probes=tuple(_graph_probe(engine, signature, row) for row in rows))
 
     return _Job(
@@ -413,6 +414,10 @@ def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, p
         link_files([artifact.path(name) for name in kept], folder)
         with quiet(options.verbose):
             made = quantize(artifact, scheme, texts, folder)
+        chosen = next(one for one in made.tries if one.kept == made.kept)
+        if not chosen.good:
+            changes = describe_changes(chosen, made.held_out, labels=len(manifest.labels))
+            report(f"{scheme} changes much: {changes}; see hf-bucket validate --data FILE --label-column NAME")
         made = replace(made, speed=speed(artifact, folder, encoder))
         source = {**manifest.source, "dtype": scheme}
         finish(folder, replace(manifest, source=source, quantization=made, fusion=None), report)

@@ -207,9 +207,18 @@ def compare(
 
 
 def faster_at_once(
-    one: Sessions, many: Sessions, workers: Workers, batches: Batches, seconds: Mapping[Bucket, float], clock: Clock
+    one: Sessions,
+    many: Sessions,
+    workers: Workers,
+    batches: Batches,
+    seconds: Mapping[Bucket, float],
+    clock: Clock,
+    *,
+    budget_s: float,
 ) -> bool:
     """Return whether several batches should run at once: unless one after another was faster by a clear margin.
+
+    It is not tried, and they should, where every bucket takes too long for the budget.
 
     Each way is tried some times on end, not in turns: engine threads keep a core busy for a while after a run, which
     would slow down what comes next in the other way.
@@ -217,26 +226,27 @@ def faster_at_once(
     Args:
         one: sessions that use every core for one batch.
         many: sessions that use one thread each.
-        seconds: of ``many``; the largest bucket that takes at most ``_TRIED_S`` is tried.
+        seconds: of ``many``; the largest bucket is tried that the budget allows two runs of in either way.
+        budget_s: seconds to spend, about.
     """
-    quick = [bucket for bucket, value in seconds.items() if value <= _TRIED_S] or [
-        min(seconds, key=seconds.__getitem__)
-    ]
+    quick = [bucket for bucket, value in seconds.items() if 4 * value <= budget_s]
+    if not quick:
+        return True
     bucket = max(quick, key=lambda bucket: bucket.cells)
     feeds = [batches(bucket)] * workers.n
-    at_once = _seconds(lambda: workers.map(many[bucket].run, feeds), clock)
-    after_another = _seconds(lambda: [one[bucket].run(feed) for feed in feeds], clock)
+    at_once = _seconds(lambda: workers.map(many[bucket].run, feeds), clock, budget_s / 2)
+    after_another = _seconds(lambda: [one[bucket].run(feed) for feed in feeds], clock, budget_s / 2)
     return at_once <= after_another * _MARGIN
 
 
-_TRIED_S = 0.25
 _MARGIN = 1.1
 
 
-def _seconds(call: Callable[[], object], clock: Clock) -> float:
-    """Return the median seconds of a few calls; the first prepares what the others use."""
-    times = []
-    for _ in range(4):
+def _seconds(call: Callable[[], object], clock: Clock, budget_s: float) -> float:
+    """Return the median seconds of up to three calls; one before them prepares what they use."""
+    times: list[float] = []
+    begin = clock()
+    while len(times) < 2 or (len(times) < 4 and clock() - begin < budget_s):
         start = clock()
         call()
         times.append(clock() - start)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_bucket.artifact import WEIGHTS, Artifact
 from hf_bucket.ladder import Ladder
-from hf_bucket.manifest import Certificate, FusionChoice, Manifest, Quantization, Validation
+from hf_bucket.manifest import Certificate, FusionChoice, Manifest, Quantization, Try, Validation
 from hf_bucket.memory import FASTER, Footprint, footprint, sets_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def describe_artifact(artifact: Artifact, *, at_once: int) -> str:
     if manifest.fusion is not None:
         lines.append(describe_fusion(manifest.fusion))
     if manifest.quantization is not None:
-        lines += describe_quantization(manifest.quantization)
+        lines += describe_quantization(manifest.quantization, labels=len(manifest.labels))
     tables = [describe_memory(manifest, at_once=at_once), describe_checks(manifest.validation)]
     if manifest.certificates:
         tables.append(describe_certificates(manifest.certificates))
@@ -55,8 +55,12 @@ def describe_fusion(choice: FusionChoice) -> str:
     return f"fusions   {choice.chosen} on {choice.provider}; time relative to onnxruntime's own: {told}"
 
 
-def describe_quantization(made: Quantization) -> list[str]:
-    """Return how int8 was made, what it changed on texts that were held out, and what it gained."""
+def describe_quantization(made: Quantization, *, labels: int) -> list[str]:
+    """Return how int8 was made, what it changed on texts that were held out, and what it gained.
+
+    Args:
+        labels: of the model.
+    """
     chosen = next((one for one in made.tries if one.kept == made.kept), made.tries[-1])
     share = made.weights_bytes / made.float_weights_bytes
     lines = [
@@ -65,16 +69,22 @@ def describe_quantization(made: Quantization) -> list[str]:
     ]
     if made.speed:
         ratios = sorted(made.speed.values())
-        fastest = f"{median(ratios):.2f} times as fast as float32 ({ratios[0]:.2f} to {ratios[-1]:.2f} by bucket)"
-        lines.append(f"{'':<9} {fastest}, on the machine that compiled it, one thread")
+        fastest = f"{median(ratios):.2f} times as fast as float32 ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        lines.append(f"{'':<9} {fastest} in {len(ratios)} buckets, on the machine that compiled it, one thread")
     if made.held_out:
         lines.append(
-            f"{'':<9} {chosen.label_flips} of {made.held_out} held-out texts change their label, a logit by up to "
+            f"{'':<9} {describe_changes(chosen, made.held_out, labels=labels)}, a logit by up to "
             f"{chosen.max_abs_delta:.2g}"
         )
     if made.scheme == "int8-dynamic":
         lines.append(f"{'':<9} NEIGHBOURS: scales come from each batch, so a text's logits change with those beside it")
     return lines
+
+
+def describe_changes(one: Try, held_out: int, *, labels: int) -> str:
+    """Return how many of the texts that were held out are answered otherwise."""
+    how = "change their label" if labels > 1 else "move by more than a tenth of the logits' standard deviation"
+    return f"{one.label_flips} of {held_out} held-out texts {how}"
 
 
 def describe_memory(manifest: Manifest, *, at_once: int) -> str:

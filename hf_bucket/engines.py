@@ -13,7 +13,7 @@ from pathlib import Path
 from hf_bucket.artifact import Artifact
 from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, write_costs
 from hf_bucket.ladder import Bucket
-from hf_bucket.machine import machine_folder
+from hf_bucket.machine import machine_folder, one_at_a_time
 from hf_bucket.preflight import Trial, after_fork, settle
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, resolve_provider, versioned
@@ -98,9 +98,19 @@ class Engines:
         """Return what a run of every bucket costs here: see ``Runner.measure``."""
         self._leave_parent()
         path, ladder = costs_path(self._artifact, self._one), self._artifact.manifest.ladder
-        kept = Costs(seconds={}) if again else read_costs(path)
-        if key_of(ladder) in kept.ladders:
+        if not again and key_of(ladder) in (kept := read_costs(path)).ladders:
             return kept
+        with one_at_a_time(path):
+            kept = Costs(seconds={}) if again else read_costs(path)  # another process may have measured meanwhile
+            if key_of(ladder) in kept.ladders:
+                return kept
+            costs = self._measured(kept, budget_s, clock)
+            write_costs(path, costs)
+        return kept.joined(costs)
+
+    def _measured(self, kept: Costs, budget_s: float, clock: Clock) -> Costs:
+        """Return the costs of the buckets that none are kept of."""
+        ladder = self._artifact.manifest.ladder
         with self._lock:
             one, many = self._sessions(self._one), self._sessions(self._many)
         sessions = {bucket: many[bucket] for bucket in ladder if bucket not in kept.seconds}
@@ -111,11 +121,9 @@ class Engines:
         else:
             seconds = measure(sessions, self._batches, budget_s=budget_s * 2 / 3, clock=clock)
             if not kept.seconds:
-                at_once = faster_at_once(one, many, workers, self._batches, seconds, clock)
+                at_once = faster_at_once(one, many, workers, self._batches, seconds, clock, budget_s=budget_s / 4)
             alone = measure(single, self._batches, budget_s=budget_s / 3, clock=clock)
-        costs = Costs(seconds=seconds, alone=alone, at_once=at_once, ladders=frozenset({key_of(ladder)}))
-        write_costs(path, costs)
-        return kept.joined(costs)
+        return Costs(seconds=seconds, alone=alone, at_once=at_once, ladders=frozenset({key_of(ladder)}))
 
     def close(self) -> None:
         """Release the sessions and end the worker threads; a later call opens them again.

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from hf_bucket.artifact import GRAPH, Artifact, record_files, variant_name
 from hf_bucket.encode import Encoder
+from hf_bucket.errors import ExportError
 from hf_bucket.export import quiet
 from hf_bucket.fuse import Report, choose_fusion
+from hf_bucket.fusions import get_fusion
 from hf_bucket.graph import specialise
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import available_bytes
@@ -31,9 +33,28 @@ def finish(folder: Path, manifest: Manifest, report: Report) -> None:
     check_fits(footprint(replace(manifest, files=record_files(folder)), mode="static"), available_bytes())
     if manifest.fusion is None:
         manifest = replace(manifest, fusion=_fusion(folder, manifest, report))
-    draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
-    final = replace(draft.manifest, validation=check_buckets(draft), certificates=())
+    try:
+        final = _checked(folder, manifest)
+    except ExportError as error:
+        rewritten = [] if manifest.fusion is None else [name for name in _rewritten(manifest.fusion) if name]
+        if not rewritten:
+            raise
+        report(f"{', '.join(rewritten)} is not used on this model: {error}")
+        for name in rewritten:
+            (folder / name).unlink()
+        final = _checked(folder, replace(manifest, fusion=None))
     (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
+
+
+def _checked(folder: Path, manifest: Manifest) -> Manifest:
+    """Return the manifest with its files and with how every bucket compared."""
+    draft = Artifact(folder=folder, manifest=replace(manifest, files=record_files(folder)))
+    return replace(draft.manifest, validation=check_buckets(draft), certificates=())
+
+
+def _rewritten(choice: FusionChoice) -> set[str]:
+    """Return the graphs that a choice needs beside the exported one."""
+    return {get_fusion(name).rewritten for name in (choice.chosen, *choice.buckets.values())}
 
 
 def _fusion(folder: Path, manifest: Manifest, report: Report) -> FusionChoice | None:

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+import secrets
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 import filelock
 
 from hf_bucket.artifact import hash_file, write_folder
-from hf_bucket.cache import MACHINES, cache_root, warn_unwritable
-from hf_bucket.errors import BucketError
+from hf_bucket.cache import MACHINES, cache_root, temporary_folder, warn_unwritable
+from hf_bucket.errors import BucketError, BucketWarning
 
 _RECORD = "files.json"
 
 
-def usable_cores() -> int:
-    """Return the cores this process may use: by affinity, and by the cgroup's quota rounded up."""
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return the cores this process may use: by affinity, and by the quotas of its cgroups, rounded up.
+
+    Args:
+        root: of the file system that ``/proc`` and ``/sys`` are read from.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return cores
-    if quota == "max":
-        return cores
-    return max(1, min(cores, -(-int(quota) // int(period))))
+    quotas = [_quota(folder) for folder in _cgroups(root, "cpu")]
+    return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)]))
+
+
+def _quota(folder: Path) -> float | None:
+    """Return the cores that one cgroup allows; None where it has no limit."""
+    first = " ".join(_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    for text in (_text(folder / "cpu.max"), first):  # version 2, and version 1, where -1 is no limit
+        found = re.fullmatch(r"([0-9]+) ([1-9][0-9]*)\s*", text)
+        if found is not None:
+            return int(found[1]) / int(found[2])
+    return None
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -45,13 +58,27 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     """
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
     known = [] if found is None else [int(found[1]) * 1024]
-    cgroups = root / "sys/fs/cgroup"
-    for controllers, path in re.findall(r"^\d+:(.*):/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
-        if controllers in ("", "memory"):  # the one hierarchy of version 2, or that of memory in version 1
-            top = cgroups / controllers
-            folders = [top / path, *(top / parent for parent in PurePosixPath(path).parents)]
-            known += [left for folder in folders for left in _left(folder)]
+    known += [left for folder in _cgroups(root, "memory") for left in _left(folder)]
     return min(known, default=None)
+
+
+def _cgroups(root: Path, controller: str) -> list[Path]:
+    """Return the folders of the cgroups this process is in that may limit something, those above included.
+
+    In version 2 there is one hierarchy for everything; in version 1 every controller has a folder of its own, mounted
+    under its name, or under those of the controllers that share it.
+    """
+    mounted = root / "sys/fs/cgroup"
+    folders: list[Path] = []
+    for controllers, path in re.findall(r"^\d+:(.*):/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
+        if controllers == "":
+            tops = [mounted]
+        elif controller in controllers.split(","):
+            tops = [mounted / controllers, mounted / controller]
+        else:
+            continue
+        folders += [top / part for top in tops for part in (path, *PurePosixPath(path).parents)]
+    return folders
 
 
 def _left(folder: Path) -> list[int]:
@@ -90,8 +117,11 @@ def _cpuinfo() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def machine_key() -> str:
     """Return a key that changes with the type of CPU, what it can do, and the version of onnxruntime."""
+    import onnxruntime  # its own word for its version: the package has other names, such as onnxruntime-gpu
+
     info = _cpuinfo()
-    facts = [platform.machine(), processor(), info.get("flags", info.get("Features", "")), version("onnxruntime")]
+    features = info.get("flags", info.get("Features", ""))
+    facts = [platform.machine(), processor(), features, onnxruntime.__version__]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
 
 
@@ -103,7 +133,8 @@ def machine_folder(graph_sha256: str) -> Path:
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path | None:
     """Return ``folder``, filled by ``make`` unless it is there, whole and unaltered; two processes make it once.
 
-    None, and a warning, where the cache cannot be written.
+    Where the cache cannot be written a warning says so, and it is a folder that lasts as long as the process; None
+    where that cannot be written either.
     """
     try:
         if _is_whole(folder):
@@ -117,7 +148,34 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path | None:
         raise
     except OSError as error:
         warn_unwritable(error)
-        return None
+    return _made_here(folder, make)
+
+
+_here: dict[Path, Path | None] = {}  # by the folder of the cache that could not be written: what stands for it
+_here_lock = threading.Lock()
+
+
+def _made_here(folder: Path, make: Callable[[Path], None]) -> Path | None:
+    """Return a folder of this process alone in the place of one of the cache; None where that cannot be written."""
+    with _here_lock:
+        place = _here.get(folder)
+        if folder in _here and (place is None or _is_whole(place)):
+            return place
+        try:
+            place = temporary_folder() / folder.name
+            write_folder(place, lambda aside: _fill(aside, make))
+        except BucketError:
+            raise
+        except OSError as error:
+            place = None
+            warnings.warn(
+                f"{tempfile.gettempdir()} cannot be written either ({error}): every session packs weights of its own, "
+                f"which takes that much more memory",
+                BucketWarning,
+                stacklevel=4,
+            )
+        _here[folder] = place
+        return place
 
 
 def _fill(folder: Path, make: Callable[[Path], None]) -> None:
@@ -147,6 +205,23 @@ def _is_whole(folder: Path) -> bool:
     return whole
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold off other processes that would measure what the folder of ``path`` keeps: they would slow each other down.
+
+    Whoever waited finds the figures there. Nobody waits longer than a minute, or where the cache cannot be written:
+    ``write_figures`` says so.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(filelock.FileLock(path.with_name("measuring.lock")).acquire(timeout=_PATIENCE_S))
+        yield
+
+
+_PATIENCE_S = 60.0
+
+
 def read_figures(path: Path) -> Mapping[str, object]:
     """Return what ``write_figures`` wrote; nothing where it is missing or unreadable, and is measured again."""
     try:
@@ -160,7 +235,7 @@ def write_figures(path: Path, figures: Mapping[str, object]) -> None:
     """Write figures measured on this machine; where that is impossible, a warning says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}-{os.getpid()}")
+        aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
         aside.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:

@@ -96,7 +96,7 @@ class Try:
 
     Attributes:
         kept: layers left in float, by the name of their node.
-        label_flips: texts whose largest logit became another label's.
+        label_flips: texts that are answered otherwise: see ``quantize.changed``.
         max_abs_delta: largest difference of a logit.
         good: whether so few labels changed that nothing else was tried.
     """
@@ -114,7 +114,7 @@ class Quantization:
     Attributes:
         scheme: ``"int8"``, or ``"int8-dynamic"``, whose answers depend on what shares a batch.
         calibrated: texts that the scales were taken from.
-        held_out: other texts that the tries were judged by.
+        held_out: other texts that the tries were judged by: of them the best was chosen.
         layers: products with fixed weights in the graph.
         kept: those of them that were left in float.
         tries: what was tried, in order.

@@ -18,7 +18,7 @@ from hf_bucket.costs import Batches, Clock, Sessions, compare, key_of
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, BucketWarning, InputError, ProviderError
 from hf_bucket.ladder import Bucket, Ladder
-from hf_bucket.machine import available_bytes, machine_folder, read_figures, write_figures
+from hf_bucket.machine import available_bytes, machine_folder, one_at_a_time, read_figures, write_figures
 from hf_bucket.memory import FASTER, Footprint, check_fits, footprint, sets_of
 from hf_bucket.probes import sampler
 from hf_bucket.session import Session
@@ -36,7 +36,7 @@ from hf_bucket.session_ort import (
 from hf_bucket.workers import Workers
 
 _TRIED = 3  # buckets: the smallest, the largest and the one between
-_WAYS = ("shared", "static")
+_WAYS: tuple[memory.Mode, ...] = ("shared", "static")
 
 Seconds = Mapping[str, tuple[float, float]]
 
@@ -121,9 +121,15 @@ def room(memory_bytes: int | None) -> int | None:
 def settle(artifact: Artifact, options: EngineOptions, trial: Trial) -> EngineOptions:
     """Return the options with a provider and a mode that are not ``"auto"``, once it is known that sessions fit.
 
+    Where only static mode fits, ``mode="auto"`` is that.
+
     Raises:
         LadderError: the sessions do not fit.
     """
+    if options.mode == "auto" and trial.available is not None:
+        fits = {mode: takes(artifact, replace(options, mode=mode)).total <= trial.available for mode in _WAYS}
+        if fits == {"shared": False, "static": True}:
+            options = replace(options, mode="static")
     open_questions = (options.provider == "auto") + (options.mode == "auto")
     trial = replace(trial, budget_s=trial.budget_s / max(1, open_questions))
     shared = replace(options, mode="shared") if options.mode == "auto" else options
@@ -161,18 +167,29 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
         for name in auto_providers()
         if trial.available is None or takes(artifact, replace(options, provider=name)).total <= trial.available
     ]
+    if not fitting:
+        return CPU
     path = _figures(artifact, options, f"providers-{options.mode}")
-    known = {} if trial.again else _ratios(path)
-    kept = {name: known[versioned(name)] for name in fitting if versioned(name) in known}
-    missing = [name for name in fitting if name not in kept]
-    if missing and trial.budget_s and (trial.again or read_figures(path).get("short") is not True):
-        found = _compare_providers(artifact, options, missing, trial)
-        kept |= found or {}
-        known |= {versioned(name): ratios for name, ratios in kept.items()}
-        figures = {name: asdict(ratios) for name, ratios in known.items()}
-        write_figures(path, {"short": True} if found is None else figures)
-    faster = [name for name in fitting if name in kept and kept[name].faster]
-    return min(faster, key=lambda name: kept[name].many, default=CPU)
+    kept = None if trial.again else _kept_ratios(path, fitting)
+    if kept is None and trial.budget_s:
+        with one_at_a_time(path):
+            kept = None if trial.again else _kept_ratios(path, fitting)  # another process may have measured meanwhile
+            if kept is None:
+                kept = _compare_providers(artifact, options, fitting, trial)
+                known = {**_ratios(path), **{versioned(name): ratios for name, ratios in (kept or {}).items()}}
+                figures = {name: asdict(ratios) for name, ratios in known.items()}
+                write_figures(path, {"short": True} if kept is None else figures)
+    faster = {name: ratios.many for name, ratios in (kept or {}).items() if ratios.faster}
+    return min(faster, key=faster.__getitem__, default=CPU)
+
+
+def _kept_ratios(path: Path, names: Sequence[str]) -> dict[str, Ratios] | None:
+    """Return the ratios of providers that are kept in a file; none where runs are too short, None where some lack."""
+    if read_figures(path).get("short") is True:
+        return {}
+    known = _ratios(path)
+    kept = {name: known[versioned(name)] for name in names if versioned(name) in known}
+    return kept if len(kept) == len(names) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,10 +339,11 @@ def choose_mode(artifact: Artifact, options: EngineOptions, trial: Trial) -> Cho
     choice = Choice(seconds={}, static_bytes=static, available=trial.available)
     path = _figures(artifact, options, f"{versioned(resolve_provider(options.provider))}-modes")
     kept = {} if trial.again else _read(path)
-    if kept or not choice.fits:
+    if kept or not choice.fits or not trial.budget_s:
         return replace(choice, seconds=kept)
-    if trial.budget_s:
-        choice = replace(choice, seconds=_compare_modes(artifact, options, trial))
+    with one_at_a_time(path):
+        kept = {} if trial.again else _read(path)  # another process may have measured meanwhile
+        choice = replace(choice, seconds=kept or _compare_modes(artifact, options, trial))
         write_figures(path, choice.to_json())
     return choice
 

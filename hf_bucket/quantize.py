@@ -31,7 +31,7 @@ from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import Quantization, Try
 from hf_bucket.probes import sampler
 from hf_bucket.session import Session
-from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph
+from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph, open_unpacked
 
 Scheme = Literal["int8", "int8-dynamic"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -42,7 +42,8 @@ HELD_OUT = 16  # other texts of every length that the choice of layers is judged
 _TRIED = (0, 1, 2, 4)  # layers left in float, the most sensitive first; a further one costs more than it gains
 _RANKED_ON = 8  # texts that the layers' errors are measured on
 _FLIPS = 200  # one label in so many may change
-_COMPARED_S = 3.0  # for comparing the speed with float's
+_COMPARED = 8  # buckets whose speed is compared with float's
+_COMPARED_S = 3.0  # for that
 
 Report = Callable[[str], None]
 
@@ -53,7 +54,7 @@ class Calibration:
 
     Attributes:
         chosen: rows that scales are taken from.
-        held_out: rows that the result is judged by.
+        held_out: other rows, that the choice of layers is made by, and the result told.
     """
 
     features: Features
@@ -83,30 +84,35 @@ def calibrate(
         raise DataError(f"quantize={scheme!r} needs texts, calibration_dataset has token counts; give texts")
     texts = check_texts(items)
     features = encoder(texts, truncation=Truncation(max_length=ladder.max_length))
-    if planned and not dynamic:
-        features = _filled(features, texts, encoder, ladder, report)
-    return calibration(features, ladder, needed=0 if dynamic else NEEDED)
+    dealt = calibration(features, ladder, needed=0 if dynamic or planned else NEEDED)
+    return _filled(dealt, texts, encoder, ladder, report) if planned and not dynamic else dealt
 
 
-def _filled(features: Features, texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> Features:
-    """Return the rows with joined texts for lengths that a plan has and too few texts, such as the model's maximum."""
+def _filled(dealt: Calibration, texts: Sequence[Text], encoder: Encoder, ladder: Ladder, report: Report) -> Calibration:
+    """Add joined texts to calibrate on, of lengths that a plan has and too few texts, such as the model's maximum.
+
+    They are made of texts that are calibrated on anyway, and none of them is held out: nobody has such texts.
+    """
+    features, used = dealt.features, [texts[row] for row in dealt.chosen]
     holders = [ladder.choose(length).length for length in features.lengths]
     few = [length for length in ladder.lengths if holders.count(length) < NEEDED]
     if few:
         report(f"too few calibration texts for length {', '.join(map(str, few))}: joined ones stand in for them")
+    shortest = min(features.lengths[row] for row in dealt.chosen)
     for length in few:
-        n = -(-length // max(1, min(features.lengths) - encoder.min_length))  # texts that reach it in any case
-        more = encoder(_joined(texts, n), truncation=Truncation(max_length=length))
+        n = -(-length // max(1, shortest - encoder.min_length))  # texts that reach it in any case
+        more = encoder(_joined(used, n), truncation=Truncation(max_length=length))
         columns = {name: [*column, *more.columns[name]] for name, column in features.columns.items()}
         features = replace(features, lengths=(*features.lengths, *more.lengths), columns=columns)
-    return features
+    joined = range(len(dealt.features), len(features))
+    return replace(dealt, features=features, chosen=(*dealt.chosen, *joined))
 
 
 def _joined(texts: Sequence[Text], n: int) -> list[Text]:
     """Return some texts, each of ``n`` of the given ones."""
     pairs = [(text, "") if isinstance(text, str) else text for text in texts]
     found: list[Text] = []
-    for number in range(2 * NEEDED):
+    for number in range(NEEDED):
         parts = [pairs[(number * 7 + place) % len(pairs)] for place in range(n)]
         first, second = (" ".join(part[side] for part in parts) for side in (0, 1))
         found.append((first, second) if second.strip() else first)
@@ -284,13 +290,18 @@ class _Work:
         model.graph.ClearField("value_info")  # the quantiser transposes a head's weights, not the shapes noted of them
         target = self._folder(0)
         quantization.quantize_dynamic(model, target / GRAPH, nodes_to_quantize=list(layers), **_common(quantization))
-        return self.judge(target, ())
+        return self.judge(target, (), dynamic=True)
 
-    def judge(self, target: Path, kept: tuple[str, ...]) -> Try:
-        """Compare a quantised graph with the one in float on the texts that were held out."""
+    def judge(self, target: Path, kept: tuple[str, ...], *, dynamic: bool = False) -> Try:
+        """Compare a quantised graph with the one in float on the texts that were held out.
+
+        Args:
+            dynamic: what is beside a text changes its answer: they share batches, as in use.
+        """
         rows = self._rows("held_out")
-        exact, got = (self._logits(path, rows) for path in (self.source, target / GRAPH))
-        flips = int((exact.argmax(axis=1) != got.argmax(axis=1)).sum()) if rows else 0
+        exact = self._logits(self.source, rows)
+        got = self._logits_together(target / GRAPH, rows) if dynamic else self._logits(target / GRAPH, rows)
+        flips = changed(exact, got, self.artifact.manifest.problem_type) if rows else 0
         delta = float(np.abs(exact - got).max()) if rows else 0.0
         return Try(kept=kept, label_flips=flips, max_abs_delta=delta, good=flips * _FLIPS <= max(len(rows), _FLIPS - 1))
 
@@ -311,20 +322,64 @@ class _Work:
         found = [engine.run(["logits"], arrays)[0] for arrays in self.feeds(rows)]
         return np.concatenate(found) if found else np.zeros((0, 1), dtype=np.float32)
 
+    def _logits_together(self, graph: Path, rows: Sequence[int]) -> NDArray[np.float32]:
+        """Return the logits of rows in the largest batches of their buckets, padding and all. Shape: (row, label)."""
+        if self.texts is None or not rows:
+            return np.zeros((0, 1), dtype=np.float32)
+        engine, features, ladder = (
+            open_graph(graph, EngineOptions()),
+            self.texts.features,
+            self.artifact.manifest.ladder,
+        )
+        found: dict[int, NDArray[np.float32]] = {}
+        for bucket in ladder.largest_batches():
+            mine = [row for row in rows if ladder.choose(features.lengths[row]).length == bucket.length]
+            for start in range(0, len(mine), bucket.batch_size):
+                some = tuple(mine[start : start + bucket.batch_size])
+                batch = pad(features, Assignment(bucket=bucket, rows=some), self.artifact.manifest.signature)
+                logits = engine.run(["logits"], dict(batch.arrays))[0]
+                found.update(zip(some, logits[: len(some)], strict=True))
+        return np.stack([found[row] for row in rows])
+
     def _folder(self, kept: int) -> Path:
         folder = self.place / f"kept-{kept}"
         folder.mkdir()
         return folder
 
 
+def changed(exact: NDArray[np.float32], got: NDArray[np.float32], problem_type: str | None) -> int:
+    """Return how many rows are answered otherwise. Shape of both: (row, label).
+
+    A row is, if another label has the largest logit; of several labels at a time, if one crosses zero; of a single
+    logit, if it moves by more than a tenth of the standard deviation over all rows.
+    """
+    if exact.shape[1] == 1:
+        otherwise = np.abs(got - exact) > _MOVED * exact.std()
+    elif problem_type == "multi_label_classification":
+        otherwise = (got > 0) != (exact > 0)
+    else:
+        otherwise = (got.argmax(axis=1) != exact.argmax(axis=1))[:, None]
+    return int(otherwise.any(axis=1).sum())
+
+
+_MOVED = 0.1
+
+
 def speed(artifact: Artifact, folder: Path, encoder: Encoder) -> dict[str, float]:
-    """Return, per bucket, seconds of a run in float over seconds of one with the graph in ``folder``, on one thread."""
+    """Return, for some buckets, seconds of a run in float over those of one with the graph in ``folder``.
+
+    Both run on one thread; float as it runs in use, with the fusions that were chosen.
+    """
     manifest = artifact.manifest
     names = tuple(spec.name for spec in manifest.signature.outputs)
-    systems: dict[str, dict[Bucket, Session]] = {}
-    for name, path in (("float", artifact.path(GRAPH)), ("int8", folder / GRAPH)):
-        engine = open_graph(path, EngineOptions(threads=1))
-        systems[name] = {bucket: OrtSession(bucket, engine, names) for bucket in manifest.ladder}
+    by_size = sorted(manifest.ladder, key=lambda bucket: bucket.cells)
+    places = np.linspace(0, len(by_size) - 1, min(_COMPARED, len(by_size))).round().astype(int)
+    options = EngineOptions(threads=1)
+    engines = {"float": open_unpacked(artifact, options), "int8": open_graph(folder / GRAPH, options)}
+    systems: dict[str, dict[Bucket, Session]] = {
+        name: {by_size[place]: OrtSession(by_size[place], engine, names) for place in places}
+        for name, engine in engines.items()
+    }
     found = compare(systems, sampler(encoder, manifest.signature, manifest.vocab_size), budget_s=_COMPARED_S)
     return {bucket.name: seconds / found["int8"][bucket] for bucket, seconds in found["float"].items()}
 

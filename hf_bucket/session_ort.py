@@ -124,14 +124,13 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
         return {bucket: OrtSession(bucket, engine, names) for bucket in ladder}
     if resolve_provider(options.provider) == CUDA:
         return {bucket: open_cuda_graph(artifact, bucket, options) for bucket in ladder}
+    if resolve_provider(options.provider) != CPU:
+        return {bucket: open_variant(artifact, bucket, options) for bucket in ladder}
     sessions: dict[Bucket, Session] = {}
     for bucket in ladder:
         fusion = fusion_of(artifact, options, bucket)
-        packed = packed_graph(artifact, options, fusion)
-        if packed is None:
-            sessions[bucket] = open_variant(artifact, bucket, options)
-        else:
-            sessions[bucket] = OrtSession(bucket, open_graph(packed, options, bucket=bucket, fusion=fusion), names)
+        path = packed_graph(artifact, options, fusion) or artifact.path(fusion.rewritten or GRAPH)
+        sessions[bucket] = OrtSession(bucket, open_graph(path, options, bucket=bucket, fusion=fusion), names)
     return sessions
 
 
@@ -159,7 +158,7 @@ def fusion_of(artifact: Artifact, options: EngineOptions, bucket: Bucket | None 
 def packed_graph(artifact: Artifact, options: EngineOptions, fusion: Fusion = OWN) -> Path | None:
     """Return the artifact's graph, optimised and with weights packed for this machine; it lies in the cache.
 
-    None for other providers, which have layouts of their own, and where the cache cannot be written.
+    None for other providers, which have layouts of their own, and where no file can be written.
     """
     if resolve_provider(options.provider) != CPU:
         return None
@@ -222,7 +221,7 @@ def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = No
     """Return an onnxruntime ``InferenceSession`` on one graph.
 
     Args:
-        bucket: fixes the free dimensions of a packed graph.
+        bucket: fixes the free dimensions of a graph that has them.
         fusion: what onnxruntime may make of it.
 
     Raises:

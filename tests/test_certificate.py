@@ -12,22 +12,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import pytest
 from conftest import fake_artifact, save_tiny_bert, text_of, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_bucket import evidence as room
-from hf_bucket.artifact import WEIGHTS, Artifact, copy_artifact, open_artifact, record_files
+from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, copy_artifact, open_artifact, record_files
 from hf_bucket.certificate import certify, nearest_rank, store, variants
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, DataError, DependencyError, ModelError
 from hf_bucket.evidence import Evidence, open_texts, probe_evidence, text_evidence
+from hf_bucket.graph import save_rewritten
 from hf_bucket.ladder import make_ladder
-from hf_bucket.manifest import MANIFEST, Certificate, Manifest
+from hf_bucket.manifest import MANIFEST, Certificate, FusionChoice, Manifest
 from hf_bucket.session import FakeSession
+from hf_bucket.session_ort import CPU
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -460,6 +463,19 @@ def test_rows_share_a_batch_only_with_as_many_counted_tokens(tmp_path: Path, mon
 
     certify(replace(artifact.manifest, signature=signature), evidence, [Counting])
     assert counts == [[1, 1], [2, 2], [1, 1]]
+
+
+def test_the_graph_that_runs_by_default_is_checked_too(capfd, artifact: Path, data: Path) -> None:
+    """The variants are right, the graph that was chosen to run behind all buckets is not."""
+    model = onnx_ir.load(artifact / GRAPH)
+    head = model.graph.initializers["classifier.weight"]
+    head.const_value = onnx_ir.tensor(head.const_value.numpy() + 1, name=head.name)
+    save_rewritten(model, artifact / GRAPH, artifact / "model_ort_fusions.onnx")
+    fusion = FusionChoice(provider=CPU, chosen="ort_fusions", buckets={}, relative={})
+    change_manifest(artifact, lambda manifest: replace(manifest, fusion=fusion, files=record_files(artifact)))
+    status, out, _ = run(capfd, artifact, "--data", data)
+    assert (status, out.count("FAILED")) == (1, 4)
+    assert all(one.max_abs_delta > 0.1 for one in certificates(artifact))
 
 
 def test_a_file_that_grows_meanwhile_is_refused(compiled: Artifact, data: Path) -> None:

@@ -189,6 +189,12 @@ def test_without_a_usable_cache_the_model_still_compiles_with_one_warning(
     assert len(hf_bucket.load(other.folder)(["w1"])) == 1
 
 
+def test_a_cache_that_may_only_be_read_serves_what_it_has(tiny_bert: Path, artifact: Artifact, monkeypatch) -> None:
+    monkeypatch.setattr("hf_bucket.cache.filelock.FileLock", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    options = CompileOptions(buckets=BUCKETS, batch_sizes=[1, 3])
+    assert compile_model(Source(name=str(tiny_bert)), options, report=pytest.fail) == artifact
+
+
 def test_a_disk_that_fills_up_leaves_no_half_entry_in_the_cache(
     artifact: Artifact, tmp_path: Path, monkeypatch
 ) -> None:
@@ -244,6 +250,20 @@ def test_a_folder_with_a_graph_is_taken_without_torch(onnx_folder: Path, torch_l
     scores = {entry["label"]: entry["score"] for entry in answer}
     assert [scores["LABEL_0"], scores["LABEL_1"]] == pytest.approx(list(torch_logits(text_of(5))), abs=1e-4)
     assert source["made_by"] == "onnx"
+
+
+def test_a_graph_is_compared_with_what_it_answered_before_anything_was_done_to_it(
+    onnx_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def spoil(model: onnx_ir.Model) -> None:
+        weight = next(v for v in model.graph.initializers.values() if v.name == "classifier.weight")
+        weight.const_value = onnx_ir.tensor(weight.const_value.numpy() + 1, name=weight.name)
+
+    folder = Path(shutil.copytree(onnx_folder, tmp_path / "another"))
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")  # not the one in the cache
+    monkeypatch.setattr("hf_bucket.graph.narrow", spoil)
+    with pytest.raises(ExportError, match="does not give the onnx answer: a logit differs by"):
+        compile_model(Source(name=str(folder)), CompileOptions(buckets=[8]), report=silent)
 
 
 def test_a_graph_with_fixed_dimensions_is_refused(artifact: Artifact, onnx_folder: Path, tmp_path: Path) -> None:

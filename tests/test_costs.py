@@ -84,8 +84,18 @@ def test_batches_run_at_once_only_where_that_is_faster() -> None:
     time, workers = Time(), Workers(1)  # a worker that runs one after another adds up the time of both
     every_core, one_thread = (slow_sessions(LADDER, time, per_cell_s=cost) for cost in (0.001, 0.0015))
     seconds = {SMALL: 0.01}
-    assert faster_at_once(one_thread, every_core, workers, nothing, seconds, time)
-    assert not faster_at_once(every_core, one_thread, workers, nothing, seconds, time)
+    assert faster_at_once(one_thread, every_core, workers, nothing, seconds, time, budget_s=1.0)
+    assert not faster_at_once(every_core, one_thread, workers, nothing, seconds, time, budget_s=1.0)
+
+
+@pytest.mark.parametrize(("budget_s", "tried"), [(0.01, False), (0.1, True), (1.0, True), (60.0, True)])
+def test_whether_at_once_is_faster_is_tried_within_the_budget_or_not_at_all(budget_s: float, tried: bool) -> None:
+    time = Time()
+    sessions = slow_sessions(LADDER, time)
+    seconds = {bucket: bucket.cells * 0.001 for bucket in LADDER}
+    assert faster_at_once(sessions, sessions, Workers(1), nothing, seconds, time, budget_s=budget_s)
+    assert (time.now > 0) == tried
+    assert time.now <= 2 * budget_s, "about: the last call of either way may go over its half"
 
 
 def test_a_single_request_takes_one_thread_only_where_every_core_is_no_faster() -> None:

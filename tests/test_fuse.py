@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from conftest import text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_bucket import finish as finishing
 from hf_bucket import fuse
 from hf_bucket.artifact import GRAPH, Artifact, open_artifact, record_files
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.encode import Encoder
-from hf_bucket.errors import ArtifactError
+from hf_bucket.errors import ArtifactError, ExportError
 from hf_bucket.fuse import _choice, _spread, choose_fusion
 from hf_bucket.fusions import FUSIONS, OWN, get_fusion
 from hf_bucket.ladder import Bucket, make_ladder
@@ -25,7 +27,7 @@ from hf_bucket.manifest import MANIFEST, FusionChoice
 from hf_bucket.probes import PROBES, load_probes, sample_batch, validate
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session import Session
-from hf_bucket.session_ort import EngineOptions, Mode
+from hf_bucket.session_ort import CPU, EngineOptions, Mode
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -249,6 +251,39 @@ def test_a_graph_that_flatten_leaves_alone_is_not_tried(folder: Path, monkeypatc
     said: list[str] = []
     tried(folder, monkeypatch, said)
     assert said == ["token-list is not used on this model: ExportError: none of its linear layers takes rows of tokens"]
+
+
+def test_a_graph_that_fails_in_a_bucket_that_was_not_tried_is_reported_and_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later ladder takes over what was chosen for an earlier one."""
+    manifest = replace(
+        open_artifact(folder).manifest, fusion=FusionChoice(provider=CPU, chosen="ort_fusions", buckets={}, relative={})
+    )
+    shutil.copyfile(folder / GRAPH, folder / "model_ort_fusions.onnx")
+    opened = finishing.open_unpacked
+
+    def broken(artifact: Artifact, options: EngineOptions) -> Any:
+        if artifact.manifest.fusion is not None:
+            raise ExportError("bucket b3_s16 does not give the torch answer")
+        return opened(artifact, options)
+
+    monkeypatch.setattr(finishing, "open_unpacked", broken)
+    said: list[str] = []
+    finishing.finish(folder, manifest, said.append)
+    assert said[-1] == (
+        "model_ort_fusions.onnx is not used on this model: bucket b3_s16 does not give the torch answer"
+    )
+    made = open_artifact(folder).manifest
+    assert (made.fusion, len(made.validation)) == (None, 4)
+    assert not (folder / "model_ort_fusions.onnx").exists()
+    monkeypatch.setattr(finishing, "open_unpacked", lambda *_: (_ for _ in ()).throw(ExportError("the graph's fault")))
+    with pytest.raises(ExportError, match="the graph's fault"):
+        finishing.finish(
+            folder,
+            replace(manifest, fusion=FusionChoice(provider=CPU, chosen="onnxruntime", buckets={}, relative={})),
+            said.append,
+        )
 
 
 def test_the_largest_bucket_is_checked_though_it_is_not_timed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_another_processor_or_onnxruntime_packs_for_itself(monkeypatch: pytest.M
     for change in (
         lambda: monkeypatch.setattr(machine, "_cpuinfo", lambda: {"model name": "Z80", "flags": "fpu"}),
         lambda: monkeypatch.setattr(machine, "_cpuinfo", lambda: {"model name": "Z80", "flags": "fpu avx"}),
-        lambda: monkeypatch.setattr(machine, "version", lambda package: "9.9.9"),
+        lambda: monkeypatch.setattr("onnxruntime.__version__", "9.9.9"),
     ):
         change()
         machine.machine_key.cache_clear()
@@ -121,15 +122,79 @@ def test_another_processor_or_onnxruntime_packs_for_itself(monkeypatch: pytest.M
     assert len(keys) == 4
 
 
-def test_without_a_cache_the_answer_is_the_same_and_one_warning_says_so(
-    artifact: Artifact, plain: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in the way of the cache, and a folder for what is temporary."""
     (tmp_path / "cache").write_text("in the way", encoding="utf-8")
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(machine, "_here", {})
+    return tmp_path / "temporary"
+
+
+def test_without_a_cache_the_answer_is_the_same_and_one_warning_says_so(
+    artifact: Artifact, plain: np.ndarray, no_cache: Path
+) -> None:
     with pytest.warns(BucketWarning, match=r"cannot be written .*packing weights"):
         found = logits(artifact, mode="static", workers=2)
     assert np.abs(found - plain).max() < 1e-5
     assert np.abs(logits(artifact) - plain).max() < 1e-5  # without another warning: those are errors here
+    assert len(list(no_cache.rglob(WEIGHTS))) == 1, "one copy for all sessions of the process"
+
+
+def test_where_nothing_can_be_written_the_answer_is_the_same_and_warnings_say_what_it_costs(
+    artifact: Artifact, plain: np.ndarray, no_cache: Path
+) -> None:
+    no_cache.rmdir()
+    with pytest.warns(BucketWarning) as caught:
+        found = logits(artifact, mode="static", workers=2)
+    assert np.abs(found - plain).max() < 1e-5
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 2
+    assert "cannot be written either" in told[1]
+    assert "every session packs weights of its own" in told[1]
+
+
+def test_two_that_measure_take_turns_and_the_second_finds_what_the_first_did(tmp_path: Path) -> None:
+    path, inside, most = tmp_path / "cache" / "costs.json", [], []
+
+    def measured() -> None:
+        with machine.one_at_a_time(path):
+            if not machine.read_figures(path):
+                inside.append(1)
+                most.append(sum(inside))
+                time.sleep(0.1)
+                machine.write_figures(path, {"seconds": 1.0})
+                inside.pop()
+
+    threads = [threading.Thread(target=measured) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+def test_nobody_waits_for_ever_for_another_that_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_PATIENCE_S", 0.05)
+    with machine.one_at_a_time(tmp_path / "costs.json"), machine.one_at_a_time(tmp_path / "modes.json"):
+        machine.write_figures(tmp_path / "modes.json", {"seconds": 2.0})
+    assert machine.read_figures(tmp_path / "modes.json") == {"seconds": 2.0}
+
+
+def test_many_threads_that_write_figures_leave_whole_ones(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(20):
+            machine.write_figures(tmp_path / "costs.json", {"seconds": number})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert machine.read_figures(tmp_path / "costs.json")["seconds"] in range(8)
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 
 def test_clearing_the_cache_takes_what_was_made_for_this_machine(artifact: Artifact, own_cache: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,7 @@ from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import InputError, LadderError
 from hf_bucket.ladder import make_ladder
-from hf_bucket.machine import available_bytes
+from hf_bucket.machine import available_bytes, usable_cores
 from hf_bucket.manifest import FileRecord, Manifest
 from hf_bucket.memory import ARENA, SESSION, Footprint, Mode, check_fits, footprint
 from hf_bucket.runner import Runner, RunOptions
@@ -264,10 +265,72 @@ def test_what_is_there_is_the_least_of_what_system_and_cgroups_leave(
     assert available_bytes(system(tmp_path, files)) == expected
 
 
+QUOTA = "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us"
+PERIOD = "sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        pytest.param({}, 8, id="nothing known"),
+        pytest.param(SECOND, 8, id="no controller"),
+        pytest.param(SECOND | {"sys/fs/cgroup/a/b/cpu.max": "max 100000"}, 8, id="no limit"),
+        pytest.param(SECOND | {"sys/fs/cgroup/a/b/cpu.max": "50000 100000"}, 1, id="half a core"),
+        pytest.param(SECOND | {"sys/fs/cgroup/a/b/cpu.max": "150000 100000"}, 2, id="a core and a half"),
+        pytest.param(SECOND | {"sys/fs/cgroup/a/b/cpu.max": "1600000 100000"}, 8, id="more than there are"),
+        pytest.param(SECOND | {"sys/fs/cgroup/a/cpu.max": "300000 100000"}, 3, id="a cgroup above"),
+        pytest.param(SECOND | {"sys/fs/cgroup/cpu.max": "300000 100000"}, 3, id="the root, as a container sees it"),
+        pytest.param(
+            SECOND | {"sys/fs/cgroup/a/b/cpu.max": "400000 100000", "sys/fs/cgroup/a/cpu.max": "200000 100000"},
+            2,
+            id="the least of several",
+        ),
+        pytest.param(SECOND | {"sys/fs/cgroup/a/b/cpu.max": "many"}, 8, id="something else"),
+        pytest.param(FIRST | {QUOTA: -1, PERIOD: 100000}, 8, id="version 1 without a limit"),
+        pytest.param(FIRST | {QUOTA: 250000, PERIOD: 100000}, 3, id="version 1"),
+        pytest.param(
+            FIRST | {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": 50000, "sys/fs/cgroup/cpu/cpu.cfs_period_us": 100000},
+            1,
+            id="version 1 in a container, mounted under its own name",
+        ),
+        pytest.param(FIRST | {"sys/fs/cgroup/memory/a/cpu.max": "50000 100000"}, 8, id="another controller's folder"),
+    ],
+)
+def test_cores_are_the_least_of_what_affinity_and_quotas_allow(
+    tmp_path: Path, files: Mapping[str, object], cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert usable_cores(system(tmp_path, files)) == cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to a core")
+def test_a_process_that_is_pinned_to_one_core_uses_one() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert usable_cores() == 1
+        assert EngineOptions().for_many_batches().workers == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def test_this_system_has_some_memory_left_if_it_tells() -> None:
     found = available_bytes()
     assert found is None or found > 0
     assert (found is None) == (not Path("/proc/meminfo").exists())
+
+
+def test_where_only_static_mode_fits_auto_is_that(artifact: Artifact) -> None:
+    large = dict.fromkeys(artifact.manifest.memory, 50 * MB)
+    artifact = replace(artifact, manifest=replace(artifact.manifest, memory=large))
+    options = EngineOptions(workers=1)
+    shared, static = (preflight.takes(artifact, replace(options, mode=mode)).total for mode in ("shared", "static"))
+    assert static < shared, "graphs of fixed shapes compute in less"
+    for available, mode in ((shared - 1, "static"), (shared, "shared"), (None, "shared")):
+        trial = preflight.Trial(budget_s=0.0, available=available)
+        assert preflight.settle(artifact, replace(options, mode="auto"), trial).mode == mode
+    with pytest.raises(LadderError, match="the ladder needs"):
+        preflight.settle(artifact, replace(options, mode="auto"), preflight.Trial(budget_s=0.0, available=static - 1))
 
 
 def test_a_fake_engine_needs_no_graph_to_pass(tmp_path: Path) -> None:

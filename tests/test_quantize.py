@@ -20,11 +20,24 @@ from hf_bucket.batch import Features
 from hf_bucket.certificate import certify, variants
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.describe import describe_changes
+from hf_bucket.encode import Encoder
 from hf_bucket.errors import BucketWarning, DataError, ModelError
 from hf_bucket.evidence import open_texts, text_evidence
 from hf_bucket.ladder import make_ladder
 from hf_bucket.manifest import MANIFEST, FusionChoice, Try
-from hf_bucket.quantize import CALIBRATED, HELD_OUT, NEEDED, SCHEMES, _best, _until_good, calibration, quantize
+from hf_bucket.quantize import (
+    CALIBRATED,
+    HELD_OUT,
+    NEEDED,
+    SCHEMES,
+    _best,
+    _until_good,
+    calibrate,
+    calibration,
+    changed,
+    quantize,
+)
 from hf_bucket.runner import Runner
 from hf_bucket.session_ort import CPU
 from hf_bucket.source import Source
@@ -50,7 +63,10 @@ def compiled(tiny_bert: Path) -> dict[str, Artifact]:
 def logits(artifact: Artifact, texts: list[str]) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BucketWarning)
-        return np.stack([row["logits"] for row in Runner(artifact)(texts)])
+        runner = Runner(artifact)
+        found = np.stack([row["logits"] for row in runner(texts)])
+        runner.close()
+        return found
 
 
 # what is promised
@@ -130,7 +146,23 @@ def test_a_planned_ladder_gets_joined_texts_for_the_maximum(tiny_bert: Path) -> 
     assert made.ladder.max_length == 64
     assert any("too few calibration texts for length 64: joined ones stand in for them" in line for line in said)
     assert made.quantization is not None
-    assert made.quantization.calibrated == CALIBRATED + NEEDED, "half of the joined ones are held out"
+    assert made.quantization.calibrated == CALIBRATED + NEEDED
+    assert made.quantization.held_out == HELD_OUT, "none of the joined ones, which are made of those calibrated on"
+
+
+def test_joined_texts_are_made_of_those_that_are_calibrated_on(compiled: dict[str, Artifact]) -> None:
+    artifact, texts = compiled["float"], [f"w{number}" for number in range(30)]
+    encoder = Encoder(artifact.tokenizer_json(), inputs=artifact.manifest.signature.input_names)
+    found = calibrate(texts, encoder, make_ladder([8, 24]), "int8", planned=True, report=lambda line: None)
+    assert found is not None
+    ids = [set(row[1:-1]) for row in found.features.columns["input_ids"]]  # without the special tokens
+    joined = [row for row in found.chosen if row >= len(texts)]
+    calibrated, held_out = (
+        set().union(*(ids[row] for row in rows)) for rows in (found.chosen[:CALIBRATED], found.held_out)
+    )
+    assert len(joined) == NEEDED
+    assert all(ids[row] <= calibrated for row in joined)
+    assert not held_out & calibrated
 
 
 # what is chosen
@@ -176,6 +208,54 @@ def test_layers_stay_in_float_only_where_that_pays(flips: tuple[int, ...], chose
     tries = list(_until_good(iter(tried(*flips))))
     assert len(tries) == made
     assert _best(tries) == tries[chosen]
+
+
+@pytest.mark.parametrize(
+    ("exact", "got", "problem", "expected"),
+    [
+        pytest.param([[1, 2], [3, 1]], [[2, 1], [2, 1]], None, 1, id="the largest"),
+        pytest.param([[1, -2], [3, -1]], [[1, 2], [2, -1]], "multi_label_classification", 1, id="several labels"),
+        pytest.param([[1, 2], [2, 1]], [[3, 2], [2, 1]], "multi_label_classification", 0, id="all are over zero"),
+        pytest.param([[0.0], [10.0]], [[0.4], [10.6]], "regression", 1, id="a tenth of the deviation, which is 5"),
+        pytest.param([[0.0], [10.0]], [[0.4], [9.6]], None, 0, id="less"),
+    ],
+)
+def test_what_counts_as_another_answer_is_what_the_model_is_used_for(
+    exact: list[list[float]], got: list[list[float]], problem: str | None, expected: int
+) -> None:
+    assert changed(np.array(exact, dtype=np.float32), np.array(got, dtype=np.float32), problem) == expected
+
+
+def test_int8_dynamic_is_judged_by_texts_that_share_batches(compiled: dict[str, Artifact]) -> None:
+    artifact = compiled["int8-dynamic"]
+    made = artifact.manifest.quantization
+    assert made is not None
+    encoder = Encoder(artifact.tokenizer_json(), inputs=artifact.manifest.signature.input_names)
+    dealt = calibrate(
+        CALIBRATION, encoder, artifact.manifest.ladder, "int8-dynamic", planned=False, report=lambda line: None
+    )
+    assert dealt is not None
+    held_out = [CALIBRATION[row] for row in dealt.held_out]
+    exact = logits(compiled["float"], held_out)
+    alone = np.concatenate([logits(artifact, [text]) for text in held_out])
+    assert made.tries[0].max_abs_delta != pytest.approx(np.abs(alone - exact).max(), rel=1e-3)
+
+
+def test_int8_that_changes_much_says_so(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_bucket.quantize.changed", lambda *_: 7)
+    options = CompileOptions(buckets=[8, 20], batch_sizes=[1], quantize="int8", calibration=CALIBRATION)
+    said: list[str] = []
+    made = compile_model(Source(name=str(tiny_bert)), options, report=said.append).manifest.quantization
+    assert made is not None
+    assert (len(made.tries), made.kept) == (4, ())
+    (line,) = [line for line in said if "changes much" in line]
+    assert f"7 of {made.held_out} held-out texts change their label; see hf-bucket validate" in line
+
+
+def test_what_one_logit_changes_is_told_without_labels() -> None:
+    one = Try(kept=(), label_flips=3, max_abs_delta=0.5, good=False)
+    assert describe_changes(one, 40, labels=1).startswith("3 of 40 held-out texts move by more than a tenth of")
+    assert describe_changes(one, 40, labels=2) == "3 of 40 held-out texts change their label"
 
 
 # what is refused
