@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -255,6 +256,8 @@ def main() -> int:
             print("\n".join(system.name for system in systems))
             return 0
         place = Place(environments=arguments.environments, build=arguments.build, timeout_s=arguments.timeout_s)
+        if arguments.again:  # what an older commit compiled would be measured otherwise
+            shutil.rmtree(place.build / "cache", ignore_errors=True)
         for checkpoint in arguments.checkpoints:
             for data in arguments.data:
                 bench(arguments, systems, data, checkpoint, place)

@@ -162,12 +162,12 @@ def by_speed(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def caption(result: Mapping[str, Any]) -> str:
     """Return in one paragraph how a result was measured."""
-    peak = result["peak_gflops"]
+    peak, commit = result["peak_gflops"], result.get("commit")
     return (
         f"{result['n']:,} texts, {result['real_tokens']:,} real tokens (at most {result['max_length']} per text), "
         f"{result['rounds']} rounds in turns after an untimed one, float32. {result['processor']}, "
         f"{result['usable_cores']} cores, matrix product {max(peak.values()):.0f} GFLOP/s; hf_bucket "
-        f"{result['versions']['hf-bucket']}. `{result['command']}`"
+        f"{result['versions']['hf-bucket']}{f' at {commit}' if commit else ''}. `{result['command']}`"
     )
 
 

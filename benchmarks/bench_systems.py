@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -54,11 +54,18 @@ BUCKETED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def _sorted(name: str, engine: str, *, options: Mapping[str, Any] | None = None, **place: str) -> list[System]:
-    """Return a rival that sorts texts by length: in batches of 32, and of 8, which pad less."""
+def _sorted(
+    name: str, engine: str, *, sizes: Sequence[int] = (32, 8), options: Mapping[str, Any] | None = None, **place: str
+) -> list[System]:
+    """Return a rival that sorts texts by length, in batches of 32, and in smaller ones, which pad less."""
     return [
-        System(name=f"{name}, sorted{label}", engine=engine, options={**(options or {}), "batch_size": n}, **place)
-        for n, label in ((32, ""), (8, ", batch 8"))
+        System(
+            name=f"{name}, sorted{'' if n == 32 else f', batch {n}'}",
+            engine=engine,
+            options={**(options or {}), "batch_size": n},
+            **place,
+        )
+        for n in sizes
     ]
 
 
@@ -74,12 +81,14 @@ def _rivals() -> list[System]:
     ]
     exported = [
         system
-        for label, options, prepared in (
-            ("ONNX", {"format": "onnx"}, "exported-onnx"),
-            ("ONNX fused", {"format": "onnx", "ort_fusions": "cpu"}, "exported-onnx-fused"),
-            ("OpenVINO", {"format": "openvino"}, "exported-openvino"),
+        for label, sizes, options, prepared in (
+            ("ONNX", [32], {"format": "onnx"}, "exported-onnx"),
+            ("ONNX fused", [32], {"format": "onnx", "ort_fusions": "cpu"}, "exported-onnx-fused"),
+            ("OpenVINO", [32, 8], {"format": "openvino"}, "exported-openvino"),
         )
-        for system in _sorted(f"transformers ExportedModel {label}", "exported", options=options, prepared=prepared)
+        for system in _sorted(
+            f"transformers ExportedModel {label}", "exported", sizes=sizes, options=options, prepared=prepared
+        )
     ]
     optimum = []
     for engine in ("optimum-onnx", "optimum-intel"):

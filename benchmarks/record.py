@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -23,7 +24,19 @@ def circumstances() -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """Return the commit of the code that is measured, with a plus where files differ from it; empty without git."""
+    root, code = Path(__file__).resolve().parents[1], ["hf_bucket", "benchmarks/*.py", "benchmarks/environments.toml"]
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=root, capture_output=True)
+    except FileNotFoundError:
+        return ""
+    return head.stdout.strip() + ("+" if same.returncode else "") if head.returncode == 0 else ""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ never hf_bucket unless that is the system.
     prepare  job                 export what is slow to make, once and for all systems that share it -> seconds
     load     job                 -> seconds, memory, versions
     verify   path                a first pass, which warms up: logits to an .npy file -> cells, seconds, memory
-    warm                         a few texts after loading again
+    warm                         a pass that is not timed, after loading again
     run                          one pass over all texts -> seconds, labels, memory
     single   rows                one request at a time -> seconds of each, memory
     peak     size, repeats       -> GFLOP/s of float32 matrix products, of numpy and of torch
@@ -43,7 +43,6 @@ PACKAGES = (
     "sentence-transformers",
     "numpy",
 )
-WARM_UP = 32  # texts
 
 
 def prepare(job: Job) -> dict[str, Any]:
@@ -189,7 +188,7 @@ class Server:
         return {"cells": cells, "seconds": seconds, "memory": memory()}
 
     def _warm(self) -> dict[str, Any]:
-        self._engine.labels(self._texts[:WARM_UP])
+        self._engine.labels(self._texts)
         return {}
 
     def _run(self) -> dict[str, Any]:
