@@ -178,13 +178,14 @@ def bench(arguments: argparse.Namespace, systems: Sequence[System], data: str, c
         print(f"[{data}, {checkpoint}] measured already: {path}; --again measures it again", file=sys.stderr)
         return
     request = request_of(arguments, data, checkpoint, place)
+    before = circumstances()
     say = Progress(f"{data}, {checkpoint}", len(systems), arguments.rounds)
     measured = measure(request, systems, place.start, reserve_bytes=int(arguments.reserve_gb * 1e9), say=say)
     result = {
         "schema_version": SCHEMA_VERSION,
         "set": data,
         "model": checkpoint,
-        **circumstances(),
+        **before,
         "command": command(sys.argv),
         **settings,
         "n": len(request.lengths),
@@ -257,7 +258,7 @@ def main() -> int:
             return 0
         place = Place(environments=arguments.environments, build=arguments.build, timeout_s=arguments.timeout_s)
         if arguments.again:  # what an older commit compiled would be measured otherwise
-            shutil.rmtree(place.build / "cache", ignore_errors=True)
+            shutil.rmtree(place.cache, ignore_errors=not place.cache.exists())
         for checkpoint in arguments.checkpoints:
             for data in arguments.data:
                 bench(arguments, systems, data, checkpoint, place)

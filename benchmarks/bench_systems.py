@@ -144,7 +144,7 @@ class ProcessWorker:
     Args:
         python: of the system's environment.
         log: file for what it prints.
-        cache: where hf_bucket compiles to, unless ``HF_BUCKET_CACHE`` is set.
+        cache: where hf_bucket compiles to, whatever ``HF_BUCKET_CACHE`` says.
         timeout_s: for one answer.
 
     Raises:
@@ -230,7 +230,7 @@ def _environment(*, ours: bool, cache: Path) -> dict[str, str]:
     """Return a worker's environment variables: offline, and this project's code only where it is the system."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     variables |= {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TOKENIZERS_PARALLELISM": "true"}
-    variables.setdefault("HF_BUCKET_CACHE", str(cache))
+    variables["HF_BUCKET_CACHE"] = str(cache)
     return variables | ({"PYTHONPATH": str(ROOT)} if ours else {})
 
 
@@ -247,6 +247,11 @@ class Place:
     build: Path
     timeout_s: float = 3600.0
 
+    @property
+    def cache(self) -> Path:
+        """Folder that hf_bucket compiles to."""
+        return (self.build / "cache").absolute()
+
     def start(self, system: System) -> Worker:
         """Start a system's process."""
         python = Path(sys.executable)
@@ -257,6 +262,6 @@ class Place:
             python,
             ours=system.engine == "hf_bucket",
             log=log,
-            cache=(self.build / "cache").absolute(),
+            cache=self.cache,
             timeout_s=self.timeout_s,
         )

@@ -33,10 +33,11 @@ def _commit() -> str:
     root, code = Path(__file__).resolve().parents[1], ["hf_bucket", "benchmarks/*.py", "benchmarks/environments.toml"]
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-        same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=root, capture_output=True)
+        status = ["git", "status", "--porcelain", "--", *code]
+        changed = subprocess.run(status, cwd=root, capture_output=True, text=True)
     except FileNotFoundError:
         return ""
-    return head.stdout.strip() + ("+" if same.returncode else "") if head.returncode == 0 else ""
+    return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else ""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

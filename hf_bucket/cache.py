@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import os
@@ -13,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import filelock
@@ -48,8 +48,8 @@ def in_cache(key: str, ladder: Ladder, fill: Callable[[Path], None]) -> Artifact
     """Return the cache entry, filled if need be; without a usable cache, one that lasts as long as the process."""
     name = _entry_name(ladder)
     target = cache_root() / key / name
-    if is_artifact(target):
-        with contextlib.suppress(ArtifactError):  # damaged: told of below, where it is made again
+    with contextlib.suppress(ArtifactError, OSError):  # damaged, or out of reach: told of below
+        if is_artifact(target):
             return open_artifact(target)  # from a cache that may only be read, too
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ def _without_cache(name: str, fill: Callable[[Path], None]) -> Artifact:
         raise
     except OSError as error:
         raise ArtifactError(
-            f"neither the cache {cache_root()} nor {tempfile.gettempdir()} can hold the compiled model ({error}); free "
-            f"some space, or set HF_BUCKET_CACHE to a folder that has it"
+            f"neither the cache {cache_root()} nor {tempfile.tempdir or 'a temporary folder'} can hold the compiled "
+            f"model ({error}); free some space, or set HF_BUCKET_CACHE to a folder that has it"
         ) from error
     return open_artifact(folder / name)
 
@@ -108,14 +108,9 @@ def _without_cache(name: str, fill: Callable[[Path], None]) -> Artifact:
 def temporary_folder() -> Path:
     """Return a new folder that lasts as long as the process."""
     folder = Path(tempfile.mkdtemp(prefix="hf_bucket-"))
-    atexit.register(_remove_own, folder, os.getpid())
+    # not atexit, which the children of multiprocessing skip; a forked child leaves its parent's folder alone
+    Finalize(None, shutil.rmtree, [folder], {"ignore_errors": True}, exitpriority=0)
     return folder
-
-
-def _remove_own(folder: Path, pid: int) -> None:
-    """Remove a folder at exit of the process that made it; a forked child that exits leaves it alone."""
-    if os.getpid() == pid:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_leftovers() -> None:

@@ -9,7 +9,7 @@ import shutil
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ def shared_graph(artifact: Artifact) -> Open:
 def certify(
     manifest: Manifest,
     evidence: Evidence,
-    opens: Sequence[Open],
+    opens: Mapping[str, Open],
     *,
     atol: float | None = None,
     watch: Watch = unwatched,
@@ -57,7 +57,7 @@ def certify(
     """Run every row through every bucket that holds it, neighbours in file order, and return what differed.
 
     Args:
-        opens: what opens a bucket's sessions; the worst of them is what is certified. One is open at a time.
+        opens: what opens a bucket's sessions, by the name of the graph; the worst of them is what is certified.
         atol: allowed difference of a logit, for logits up to 1 in size; it grows with the largest that is expected.
             None is ``probes.ATOL`` of the precision; it judges neither int8 nor a model that is known to leak.
 
@@ -71,8 +71,8 @@ def certify(
         allowed = tolerance(evidence.expected, ATOL[precision] if atol is None else atol) if judged else None
         for bucket in manifest.ladder:
             measured = []
-            for number, start in enumerate(opens, 1):
-                what = f"bucket {bucket.name} ({precision}), graph {number} of {len(opens)}"
+            for name, start in opens.items():
+                what = f"bucket {bucket.name} ({precision}), {name}"
                 shown = replace(evidence, rows=partial(_shown, evidence, watch, what))
                 measured.append(_measure(start(bucket), shown, manifest.signature, precision, allowed))
             found.append(max(measured, key=lambda figures: (figures.label_flips, figures.max_abs_delta)))

@@ -198,7 +198,7 @@ def _validate(options: argparse.Namespace) -> int:
 
     texts = _validated_texts(options)
     artifact = open_artifact(options.artifact)
-    opens = [variants(artifact), shared_graph(artifact)]  # what other engines load, and what runs here by default
+    opens = {"its variant": variants(artifact), "the shared graph": shared_graph(artifact)}  # for others, and run here
     if texts is None:
         evidence = probe_evidence(artifact)
         found = certify(artifact.manifest, evidence, opens, atol=options.atol)

@@ -32,7 +32,7 @@ from hf_bucket.ladder import Ladder, is_auto
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from hf_bucket.planner import resolve_ladder
 from hf_bucket.probes import ATOL, Probe, probe_rows, save_probes
-from hf_bucket.quantize import SCHEMES, Scheme, calibrate, quantize, speed
+from hf_bucket.quantize import FLIPS, SCHEMES, Scheme, calibrate, quantize, speed
 from hf_bucket.recipe import Recipe
 from hf_bucket.runner import MEASURE_S, Runner, RunOptions
 from hf_bucket.session_ort import (
@@ -259,15 +259,29 @@ def _graph_job(files: Files, source: Source, task: Task) -> _Job:
     facts = read_facts(folder, task, encoder)
     check_vocabulary(encoder, facts)
 
+    def save_adopted(place: Path, *, narrowed: bool) -> Signature:
+        model = load_graph(graph)
+        signature = adopt(
+            model,
+            task,
+            facts.pad_ids,
+            padding_side=facts.padding_side,
+            counted_id=facts.counted_id,
+            narrowed=narrowed,
+        )
+        save_graph(model, place / GRAPH)
+        return signature
+
     def make(target: Path, report: Report) -> Exported:
         report(f"reading {graph}")
-        model = load_graph(graph)
-        signature = adopt(model, task, facts.pad_ids, padding_side=facts.padding_side, counted_id=facts.counted_id)
-        save_graph(model, target / GRAPH)
-        link_files([path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")], target)
         rows = probe_rows(encoder, facts.max_length, facts.vocab_size)
-        engine = open_graph(graph, EngineOptions())  # as it was given: what adopt made of it is to be compared with it
-        return Exported(signature=signature, probes=tuple(_graph_probe(engine, signature, row) for row in rows))
+        with tempfile.TemporaryDirectory(dir=target) as name:  # the whole graph is the reference of the narrowed one
+            signature = save_adopted(Path(name), narrowed=False)
+            engine = open_graph(Path(name) / GRAPH, EngineOptions())
+            probes = tuple(_graph_probe(engine, signature, row) for row in rows)
+        save_adopted(target, narrowed=True)
+        link_files([path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")], target)
+        return Exported(signature=signature, probes=probes)
 
     return _Job(
         key=model_key(graph.parent, [task.name, model_key(folder, []), str(_versions())]),
@@ -417,7 +431,7 @@ def _quantized(artifact: Artifact, options: CompileOptions, report: Report, *, p
         chosen = next(one for one in made.tries if one.kept == made.kept)
         if not chosen.good:
             changes = describe_changes(chosen, made.held_out, labels=len(manifest.labels))
-            report(f"{scheme} changes much: {changes}; see hf-bucket validate --data FILE --label-column NAME")
+            report(f"{scheme}: {changes}, more than one in {FLIPS}; see hf-bucket validate --data FILE for other texts")
         made = replace(made, speed=speed(artifact, folder, encoder))
         source = {**manifest.source, "dtype": scheme}
         finish(folder, replace(manifest, source=source, quantization=made, fusion=None), report)

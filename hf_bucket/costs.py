@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ Sessions = Mapping[Bucket, Session]
 Clock = Callable[[], float]
 
 ROUNDS = 9  # runs of one bucket at most: a median of more tells nothing new
+LENGTHS = 8  # of one batch size that are measured; those between are predicted
 TURNS = 60  # ... where systems are compared, whose differences are smaller than those of buckets
 SHORTEST_S = 0.001  # what Python does around a run costs as much, and the clock's noise is larger than differences
 _NAME = re.compile(r"b([0-9]{1,7})_s([0-9]{1,7})")
@@ -37,7 +39,9 @@ class Costs:
     """Seconds of one run per bucket, on one thread of its own where batches run at once.
 
     Called with a bucket it returns its seconds: the measured ones, or for a bucket that was not measured those that
-    ``a + b * cells + c * cells * length`` predicts, fitted to the others (attention is what grows with the square).
+    ``a + b * cells + c * cells * length`` predicts, fitted to the others (attention is what grows with the square),
+    times what buckets of the same batch size and of lengths around it took over what the fit says of them: no formula
+    knows where the processor's caches end.
 
     Attributes:
         seconds: medians of what was measured.
@@ -65,9 +69,10 @@ class Costs:
 
     @property
     def quick(self) -> frozenset[Bucket]:
-        """Buckets whose run takes no longer on one thread than on every core."""
+        """Buckets whose run takes no longer on one thread than on every core, as far as anything tells."""
+        known = {bucket.batch_size for bucket in self.seconds}
         return frozenset(
-            bucket for bucket, value in self.alone.items() if self.seconds.get(bucket, float("inf")) <= value
+            bucket for bucket, value in self.alone.items() if bucket.batch_size in known and self(bucket) <= value
         )
 
     def of(self, ladder: Ladder) -> dict[Bucket, float]:
@@ -79,10 +84,12 @@ class Costs:
         return costs
 
     def predict(self, bucket: Bucket) -> float:
-        """Return what the fit says of a bucket; in cells, as ``assign.cells_cost``, where nothing was measured."""
+        """Return what is to be expected of a bucket; in cells, as ``assign.cells_cost``, if nothing was measured."""
         if not self.seconds:
             return cells_cost(bucket)
-        return fitted(self.seconds, bucket)
+        lengths, ratios = _corrections(tuple(self.seconds.items()), bucket.batch_size)
+        ratio = float(np.interp(math.log(bucket.length), lengths, ratios)) if lengths else 1.0
+        return fitted(self.seconds, bucket) * ratio
 
     def to_json(self) -> dict[str, object]:
         """Return what ``from_json`` reads."""
@@ -145,6 +152,33 @@ def _fit(seconds: tuple[tuple[Bucket, float], ...]) -> tuple[float, ...]:
     fitted = np.zeros(3)
     fitted[columns] = factors
     return tuple(float(factor) for factor in fitted)
+
+
+@lru_cache(maxsize=64)
+def _corrections(
+    seconds: tuple[tuple[Bucket, float], ...], batch_size: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return logarithms of lengths, ascending, and what buckets of these took over what the fit says of them."""
+    figures = dict(seconds)
+    same = sorted((bucket for bucket in figures if bucket.batch_size == batch_size), key=lambda bucket: bucket.length)
+    ratios = tuple(figures[bucket] / fitted(figures, bucket) for bucket in same)
+    return tuple(math.log(bucket.length) for bucket in same), ratios
+
+
+def spread(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """Return the buckets to measure, the smallest first: of every batch size some lengths in even steps of size.
+
+    A ladder of many lengths would use up any budget on its short ones, and the long ones are what costs.
+    """
+    chosen: list[Bucket] = []
+    sizes: dict[int, list[Bucket]] = {}
+    for bucket in sorted(buckets, key=lambda bucket: bucket.length):
+        sizes.setdefault(bucket.batch_size, []).append(bucket)
+    for same in sizes.values():
+        steps = np.geomspace(same[0].length, same[-1].length, min(LENGTHS, len(same)))
+        nearest = [min(same, key=lambda bucket: abs(math.log(bucket.length / step))) for step in steps]
+        chosen += same if len(same) <= LENGTHS else dict.fromkeys(nearest)
+    return sorted(chosen, key=lambda bucket: bucket.cells)
 
 
 def measure(

@@ -83,7 +83,7 @@ def describe_quantization(made: Quantization, *, labels: int) -> list[str]:
 
 def describe_changes(one: Try, held_out: int, *, labels: int) -> str:
     """Return how many of the texts that were held out are answered otherwise."""
-    how = "change their label" if labels > 1 else "move by more than a tenth of the logits' standard deviation"
+    how = "are labelled otherwise" if labels > 1 else "move by more than a tenth of the logits' standard deviation"
     return f"{one.label_flips} of {held_out} held-out texts {how}"
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_bucket.artifact import Artifact
-from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, write_costs
+from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, spread, write_costs
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, one_at_a_time
 from hf_bucket.preflight import Trial, after_fork, settle
@@ -113,7 +113,7 @@ class Engines:
         ladder = self._artifact.manifest.ladder
         with self._lock:
             one, many = self._sessions(self._one), self._sessions(self._many)
-        sessions = {bucket: many[bucket] for bucket in ladder if bucket not in kept.seconds}
+        sessions = {bucket: many[bucket] for bucket in spread(ladder) if bucket not in kept.seconds}
         single = {bucket: one[bucket] for bucket in ladder.smallest_batches() if bucket not in kept.alone}
         alone, at_once, workers = {}, kept.at_once, self._workers
         if workers.n == 1:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hf_bucket.artifact import GRAPH, Artifact, record_files, variant_name
 from hf_bucket.encode import Encoder
-from hf_bucket.errors import ExportError
 from hf_bucket.export import quiet
 from hf_bucket.fuse import Report, choose_fusion
 from hf_bucket.fusions import get_fusion
@@ -35,11 +34,12 @@ def finish(folder: Path, manifest: Manifest, report: Report) -> None:
         manifest = replace(manifest, fusion=_fusion(folder, manifest, report))
     try:
         final = _checked(folder, manifest)
-    except ExportError as error:
-        rewritten = [] if manifest.fusion is None else [name for name in _rewritten(manifest.fusion) if name]
+    except Exception as error:
+        rewritten = [] if manifest.fusion is None else sorted(filter(None, _rewritten(manifest.fusion)))
         if not rewritten:
             raise
-        report(f"{', '.join(rewritten)} is not used on this model: {error}")
+        reason = next(iter(str(error).splitlines()), "")
+        report(f"{', '.join(rewritten)} is not used on this model: {type(error).__name__}: {reason}")
         for name in rewritten:
             (folder / name).unlink()
         final = _checked(folder, replace(manifest, fusion=None))

@@ -65,11 +65,13 @@ def adopt(
     *,
     padding_side: PaddingSide = "right",
     counted_id: int | None = None,
+    narrowed: bool = True,
 ) -> Signature:
     """Name the free dimensions ``batch`` and ``length``, drop what exporters leave behind, and return the signature.
 
     Args:
         pad_ids: value of a padding token per input.
+        narrowed: leave out what the outputs do not depend on: see ``narrow``.
 
     Raises:
         ExportError: an input or output is not one the task knows, or has not the axes the task says.
@@ -85,7 +87,8 @@ def adopt(
     outputs = tuple(_output_spec(value, task) for value in kept)
     model.graph.outputs[:] = kept
     _name_squeezed_axes(model)
-    narrow(model)
+    if narrowed:
+        narrow(model)
     tidy(model)
     for value in model.graph.inputs:
         value.shape = onnx_ir.Shape([BATCH, LENGTH])

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import secrets
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -139,6 +138,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path | None:
     try:
         if _is_whole(folder):
             return folder
+        if folder in _here:
+            return _made_here(folder, make)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
@@ -167,15 +168,26 @@ def _made_here(folder: Path, make: Callable[[Path], None]) -> Path | None:
         except BucketError:
             raise
         except OSError as error:
+            if None not in _here.values():
+                warnings.warn(
+                    f"no temporary folder can hold them either ({error}): every session packs weights of its own, "
+                    f"which takes that much more memory",
+                    BucketWarning,
+                    stacklevel=4,
+                )
             place = None
-            warnings.warn(
-                f"{tempfile.gettempdir()} cannot be written either ({error}): every session packs weights of its own, "
-                f"which takes that much more memory",
-                BucketWarning,
-                stacklevel=4,
-            )
         _here[folder] = place
         return place
+
+
+def _new_lock() -> None:
+    """In a forked child, nobody holds what another thread of the parent held."""
+    global _here_lock
+    _here_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def _fill(folder: Path, make: Callable[[Path], None]) -> None:

@@ -155,8 +155,9 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
     """Return what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
 
     Faster is one that is clearly so for as many batches at once as would run in use, since what engines take from each
-    other counts, and no slower for a request of one row. The figures stay in this machine's cache. The CPU provider's
-    are runs too short to tell anything apart, and static mode, where others hold the weights once for every bucket.
+    other counts, or for a request of one row, and no slower for the other of the two. Figures stay in the machine's
+    cache. The CPU provider's are runs too short to tell anything apart, and static mode, where others hold the weights
+    once for every bucket.
     """
     if options.provider != "auto":
         return options.provider
@@ -175,21 +176,26 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
         with one_at_a_time(path):
             kept = None if trial.again else _kept_ratios(path, fitting)  # another process may have measured meanwhile
             if kept is None:
-                kept = _compare_providers(artifact, options, fitting, trial)
-                known = {**_ratios(path), **{versioned(name): ratios for name, ratios in (kept or {}).items()}}
-                figures = {name: asdict(ratios) for name, ratios in known.items()}
-                write_figures(path, {"short": True} if kept is None else figures)
-    faster = {name: ratios.many for name, ratios in (kept or {}).items() if ratios.faster}
+                compared = _compare_providers(artifact, options, fitting, trial)
+                kept = {name: ratios for name, ratios in (compared or {}).items() if ratios is not None}
+                others = {name: asdict(ratios) for name, ratios in _ratios(path).items()}
+                new = {versioned(name): ratios and asdict(ratios) for name, ratios in (compared or {}).items()}
+                write_figures(path, {"short": True} if compared is None else {**others, **new})
+    faster = {name: ratios.many * ratios.one for name, ratios in (kept or {}).items() if ratios.faster}
     return min(faster, key=faster.__getitem__, default=CPU)
 
 
 def _kept_ratios(path: Path, names: Sequence[str]) -> dict[str, Ratios] | None:
-    """Return the ratios of providers that are kept in a file; none where runs are too short, None where some lack."""
-    if read_figures(path).get("short") is True:
+    """Return the ratios of providers that are kept in a file, of those that can run the model; None where some lack.
+
+    None of them where runs are too short.
+    """
+    found, known = read_figures(path), _ratios(path)
+    if found.get("short") is True:
         return {}
-    known = _ratios(path)
-    kept = {name: known[versioned(name)] for name in names if versioned(name) in known}
-    return kept if len(kept) == len(names) else None
+    if any(versioned(name) not in known and found.get(versioned(name), "") is not None for name in names):
+        return None
+    return {name: known[versioned(name)] for name in names if versioned(name) in known}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,8 +212,8 @@ class Ratios:
 
     @property
     def faster(self) -> bool:
-        """Whether the provider is to be preferred."""
-        return self.many <= _WORTH and self.one <= _NO_SLOWER
+        """Whether the provider is clearly faster in one use, and no slower in the other."""
+        return min(self.many, self.one) <= _WORTH and max(self.many, self.one) <= _NO_SLOWER
 
 
 # Of the CPU provider's time. For less than a tenth another engine's memory and start are not worth it; and of a large
@@ -235,10 +241,10 @@ def _ratios(path: Path) -> dict[str, Ratios]:
 
 def _compare_providers(
     artifact: Artifact, options: EngineOptions, names: Sequence[str], trial: Trial
-) -> dict[str, Ratios] | None:
-    """Return the ratios of every provider that can run the model; None where the runs are too short to be worth it."""
+) -> dict[str, Ratios | None] | None:
+    """Return the ratios of every provider, None for one that cannot run the model; None where all is too short."""
     part, batches = _usual(artifact), trial.batches or _texts(artifact)
-    each = replace(trial, budget_s=trial.budget_s / (3 * len(names)))
+    each = replace(trial, budget_s=trial.budget_s / (4 * len(names)))
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(contextlib.closing(Workers(options.for_many_batches().workers)))
         ways = _Ways(part, replace(options, provider=CPU), trial.engine, workers)
@@ -247,17 +253,19 @@ def _compare_providers(
         alone = {CPU: {largest: own.many[largest]}}
         if compare(alone, batches, budget_s=0.0, clock=trial.clock)[CPU][largest] < _WORTH_S:
             return None
-        ratios = {}
+        ratios: dict[str, Ratios | None] = {}
         for name in names:
             try:
                 other = _Ways(part, replace(options, provider=name), trial.engine, workers)
             except (ArtifactError, ProviderError) as error:
                 warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=7)
+                ratios[name] = None
                 continue
             stack.enter_context(contextlib.closing(other))
             many, one = _ratio(own.many, other.many, batches, each), _ratio(own.one, other.one, batches, each)
             if Ratios(many=many, one=one).faster:  # once more: what a busy moment seemed to show does not come twice
                 many = max(many, _ratio(own.many, other.many, batches, each))
+                one = max(one, _ratio(own.one, other.one, batches, each))
             ratios[name] = Ratios(many=many, one=one)
         return ratios
 

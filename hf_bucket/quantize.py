@@ -41,7 +41,7 @@ NEEDED = 4  # ... at least
 HELD_OUT = 16  # other texts of every length that the choice of layers is judged by, at most
 _TRIED = (0, 1, 2, 4)  # layers left in float, the most sensitive first; a further one costs more than it gains
 _RANKED_ON = 8  # texts that the layers' errors are measured on
-_FLIPS = 200  # one label in so many may change
+FLIPS = 200  # one label in so many may change
 _COMPARED = 8  # buckets whose speed is compared with float's
 _COMPARED_S = 3.0  # for that
 
@@ -303,7 +303,7 @@ class _Work:
         got = self._logits_together(target / GRAPH, rows) if dynamic else self._logits(target / GRAPH, rows)
         flips = changed(exact, got, self.artifact.manifest.problem_type) if rows else 0
         delta = float(np.abs(exact - got).max()) if rows else 0.0
-        return Try(kept=kept, label_flips=flips, max_abs_delta=delta, good=flips * _FLIPS <= max(len(rows), _FLIPS - 1))
+        return Try(kept=kept, label_flips=flips, max_abs_delta=delta, good=flips * FLIPS <= max(len(rows), FLIPS - 1))
 
     def feeds(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Yield the inputs of rows, one at a time and without padding."""
@@ -351,10 +351,10 @@ def changed(exact: NDArray[np.float32], got: NDArray[np.float32], problem_type: 
     """Return how many rows are answered otherwise. Shape of both: (row, label).
 
     A row is, if another label has the largest logit; of several labels at a time, if one crosses zero; of a single
-    logit, if it moves by more than a tenth of the standard deviation over all rows.
+    logit, if it moves by more than a tenth of the standard deviation over all rows, which must not be all alike.
     """
     if exact.shape[1] == 1:
-        otherwise = np.abs(got - exact) > _MOVED * exact.std()
+        otherwise = np.abs(got - exact) > (_MOVED * exact.std() or np.inf)
     elif problem_type == "multi_label_classification":
         otherwise = (got > 0) != (exact > 0)
     else:

@@ -27,7 +27,7 @@ from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dyn
 from hf_bucket.stats import Counts
 from hf_bucket.tasks import Signature
 
-MEASURE_S = 2.0  # what the doors, and joint plans, spend on measuring, once per ladder and machine
+MEASURE_S = 3.0  # what the doors, and joint plans, spend on measuring, once per ladder and machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,7 +418,7 @@ def load(
         mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes;
             ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
         provider: onnxruntime execution provider by name, or ``"openvino"``; ``"auto"`` is the CPU's, or another that is
-            installed and was measured to save a tenth of the time.
+            installed and was measured to save a tenth of the time of many texts or of one.
         provider_options: passed to the provider as they are.
         threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.

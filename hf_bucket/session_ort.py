@@ -24,7 +24,6 @@ import onnxruntime
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
 from hf_bucket.batch import Array
-from hf_bucket.cache import warn_unwritable
 from hf_bucket.errors import ArtifactError, ProviderError
 from hf_bucket.fusions import OWN, Fusion, get_fusion
 from hf_bucket.ladder import Bucket
@@ -170,16 +169,16 @@ def packed_graph(artifact: Artifact, options: EngineOptions, fusion: Fusion = OW
         settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         arguments = {"providers": [CPU], "disabled_optimizers": [*fusion.disabled]}
-        _start(artifact.path(fusion.rewritten or GRAPH), settings, arguments)
+        path = artifact.path(fusion.rewritten or GRAPH)
+        try:
+            _start(path, settings, arguments)
+        except ArtifactError as error:
+            open_graph(path, options, fusion=fusion)  # raises if the graph is at fault, and not the disk that is full
+            raise OSError(str(error)) from error
 
     folder = machine_folder(artifact.graph_sha256())
-    try:
-        rewritten = artifact.manifest.files[fusion.rewritten].sha256[:16] if fusion.rewritten else ""
-        made = made_once(folder / f"packed-{fusion.name}{rewritten}", pack)
-    except ArtifactError as error:
-        open_graph(artifact.path(GRAPH), options)  # raises if the graph is at fault, and not the disk that is full
-        warn_unwritable(error)
-        return None
+    rewritten = artifact.manifest.files[fusion.rewritten].sha256[:16] if fusion.rewritten else ""
+    made = made_once(folder / f"packed-{fusion.name}{rewritten}", pack)
     return None if made is None else made / GRAPH
 
 

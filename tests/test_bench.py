@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench
 import bench_report
 import bench_turns
+import record
 import worker
 from bench_data import DataSet, Sizes, flat_texts, lengths_of
 from bench_environments import read_environments
@@ -137,6 +139,14 @@ def test_the_table_has_the_fastest_first_and_says_who_is_missing() -> None:
     assert len({row.count(" | ") for row in rows}) == 1
     assert lines[-3:-1] == [f"- environment {name}: python 3.11, torch 2.13" for name in ("project", "st")]
     assert lines[-1] == "- not measured: other: its environment st is missing"
+
+
+def test_the_commit_that_was_measured_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "; hf_bucket 0.1.0 at abc1234. `python" in table({**result_of({}, {}), "commit": "abc1234"})
+    assert "; hf_bucket 0.1.0. `python" in table({**result_of({}, {}), "commit": ""})
+    assert re.fullmatch(r"([0-9a-f]{7,}\+?)?", record.circumstances()["commit"])
+    monkeypatch.setenv("PATH", "")
+    assert record.circumstances()["commit"] == ""
 
 
 def test_a_page_keeps_what_was_written_by_hand(tmp_path: Path) -> None:

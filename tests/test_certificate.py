@@ -138,7 +138,7 @@ def test_the_figures_are_those_of_all_rows_at_once_whatever_the_window(
             file = open_texts(folder / "texts.txt")
             evidence = text_evidence(artifact, file, window=window, report=lambda line: None)
             assert (evidence.too_long, len(evidence.expected)) == (len(texts) - len(fitting), len(fitting))
-            figures = certify(artifact.manifest, evidence, [FakeSession])
+            figures = certify(artifact.manifest, evidence, {"variant": FakeSession})
             found.append([replace(one, batch_s=None) for one in figures])
     assert found[0] == found[1]
     for bucket, got in zip(artifact.manifest.ladder, found[0], strict=True):
@@ -216,7 +216,7 @@ def test_two_rows_of_200_are_beyond_the_p99_and_three_are_not(tmp_path: Path, mo
     shifted = lambda texts: np.array([[7 + next(deltas), 3] for _ in texts])  # noqa: E731
     monkeypatch.setattr(room, "choose_reference", lambda *_: ("torch", shifted))
     evidence = text_evidence(artifact, open_texts(tmp_path / "x.txt"), report=lambda line: None)
-    (found,) = certify(artifact.manifest, evidence, [FakeSession])
+    (found,) = certify(artifact.manifest, evidence, {"variant": FakeSession})
     assert (found.n, found.max_abs_delta, found.p99_abs_delta) == (200, 9.0, p99)
 
 
@@ -461,7 +461,7 @@ def test_rows_share_a_batch_only_with_as_many_counted_tokens(tmp_path: Path, mon
             counts.append((arrays["input_ids"] == 4).sum(axis=1).tolist())
             return super().run(arrays)
 
-    certify(replace(artifact.manifest, signature=signature), evidence, [Counting])
+    certify(replace(artifact.manifest, signature=signature), evidence, {"variant": Counting})
     assert counts == [[1, 1], [2, 2], [1, 1]]
 
 
@@ -493,7 +493,7 @@ def test_a_bucket_that_holds_no_row_says_so(capfd, artifact: Path, tmp_path: Pat
 
 
 def test_a_bucket_with_other_labels_than_the_reference_is_refused(compiled: Artifact) -> None:
-    opens = [variants(compiled)]
+    opens = {"variant": variants(compiled)}
     probes = probe_evidence(compiled)
     wider = Evidence(rows=probes.rows, expected=np.ones((len(probes.expected), 3)), reference="torch", data="probes")
     with pytest.raises(ModelError, match="bucket b1_s8 returns 2 logits, the reference 3"):

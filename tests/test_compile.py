@@ -195,6 +195,14 @@ def test_a_cache_that_may_only_be_read_serves_what_it_has(tiny_bert: Path, artif
     assert compile_model(Source(name=str(tiny_bert)), options, report=pytest.fail) == artifact
 
 
+def test_a_cache_that_may_not_even_be_searched_is_done_without(artifact: Artifact, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "cache").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hf_bucket.cache.is_artifact", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    with pytest.warns(BucketWarning, match="cannot be written"):
+        compile_model(Source(name=str(artifact.folder)), CompileOptions(buckets=[10]), report=silent)
+
+
 def test_a_disk_that_fills_up_leaves_no_half_entry_in_the_cache(
     artifact: Artifact, tmp_path: Path, monkeypatch
 ) -> None:
@@ -466,6 +474,26 @@ def test_a_squeeze_that_names_no_axes_keeps_a_batch_of_one(tmp_path: Path) -> No
     for path in (tmp_path / GRAPH, tmp_path / "variant.onnx"):
         (logits,) = onnxruntime.InferenceSession(str(path)).run(None, arrays)
         np.testing.assert_array_equal(logits, [[25.0]])
+
+
+def test_a_graph_that_is_repaired_is_its_own_reference(onnx_folder: Path, tmp_path: Path) -> None:
+    """A Squeeze without axes would take the batch of one away from the reference, too."""
+    folder = Path(shutil.copytree(onnx_folder, tmp_path / "squeezing"))
+    model = onnx_ir.load(folder / "onnx" / "model.onnx")
+    logits = model.graph.outputs[0]
+    axes = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array([2]))})
+    wider = onnx_ir.node("Unsqueeze", [logits, axes.outputs[0]])
+    wider.outputs[0].shape = onnx_ir.Shape([*logits.shape, 1])
+    wider.outputs[0].dtype = logits.dtype
+    squeezed = onnx_ir.node("Squeeze", [wider.outputs[0]])
+    out = squeezed.outputs[0]
+    out.shape, out.dtype = onnx_ir.Shape(logits.shape), logits.dtype
+    logits.name, out.name = "before", "logits"
+    model.graph.extend([axes, wider, squeezed])
+    model.graph.outputs[:] = [out]
+    onnx_ir.save(model, folder / "onnx" / "model.onnx")
+    made = compile_model(Source(name=str(folder)), CompileOptions(buckets=[8], batch_sizes=[1, 2]), report=silent)
+    assert all(check.n > 0 and check.max_abs_delta < 1e-4 for check in made.manifest.validation)
 
 
 def test_a_graph_that_onnxruntime_refuses_is_named(artifact: Artifact, tmp_path: Path) -> None:

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hf_bucket.artifact import Artifact
 from hf_bucket.assign import cells_cost
 from hf_bucket.batch import Array
-from hf_bucket.costs import TURNS, Costs, compare, faster_at_once, measure, read_costs, write_costs
+from hf_bucket.costs import (
+    LENGTHS,
+    TURNS,
+    Costs,
+    compare,
+    faster_at_once,
+    measure,
+    read_costs,
+    spread,
+    write_costs,
+)
 from hf_bucket.describe import describe_costs
 from hf_bucket.errors import InputError
 from hf_bucket.ladder import Bucket, Ladder, make_ladder
@@ -201,6 +211,43 @@ def test_a_cost_that_follows_the_formula_is_predicted(factors: tuple[float, floa
     ladder = make_ladder([8, 16, 32, 64], batch_sizes=[1, 4, 8])
     costs = Costs(seconds={bucket: true(bucket) for bucket in ladder if bucket != left_out})
     assert costs(left_out) == pytest.approx(true(left_out), rel=0.01)
+
+
+def test_where_caches_end_the_neighbours_of_the_same_batch_size_tell() -> None:
+    """Eight rows at once take half as much again from 64 tokens on; those of 32 and 128 alone were measured."""
+
+    def true(bucket: Bucket) -> float:
+        return bucket.cells * 1e-4 * (1.5 if bucket.batch_size == 8 and bucket.length >= 64 else 1.0)
+
+    ladder = make_ladder([8, 16, 32, 64, 128, 256], batch_sizes=[1, 8])
+    costs = Costs(seconds={bucket: true(bucket) for bucket in ladder if bucket.length not in (64, 256)})
+    for bucket in ladder:
+        if bucket.length == 64 and bucket.batch_size == 8:
+            assert true(bucket) / 1.4 < costs(bucket) < true(bucket), "halfway"
+        else:
+            assert costs(bucket) == pytest.approx(true(bucket), rel=0.2), "beyond what was measured it is a guess"
+    one, eight = (Bucket(batch_size=size, extent=(256,)) for size in (1, 8))
+    assert costs(eight) > 8 * costs(one)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 512), min_size=1, max_size=80, unique=True),
+    st.lists(st.integers(1, 32), min_size=1, max_size=3, unique=True),
+)
+def test_of_a_long_ladder_some_lengths_from_the_shortest_to_the_longest_are_measured(
+    lengths: list[int], sizes: list[int]
+) -> None:
+    ladder = make_ladder(lengths, batch_sizes=sizes)
+    chosen = spread(ladder)
+    assert chosen == sorted(set(chosen), key=chosen.index)
+    assert [bucket.cells for bucket in chosen] == sorted(bucket.cells for bucket in chosen)
+    for size in sizes:
+        same = [bucket.length for bucket in chosen if bucket.batch_size == size]
+        assert {min(lengths), max(lengths)} <= set(same)
+        assert len(same) <= LENGTHS
+        if len(lengths) <= LENGTHS:
+            assert sorted(same) == sorted(lengths)
 
 
 @settings(deadline=None)

@@ -152,8 +152,44 @@ def test_where_nothing_can_be_written_the_answer_is_the_same_and_warnings_say_wh
     assert np.abs(found - plain).max() < 1e-5
     told = [str(warning.message) for warning in caught]
     assert len(told) == 2
-    assert "cannot be written either" in told[1]
+    assert "no temporary folder can hold them either" in told[1]
     assert "every session packs weights of its own" in told[1]
+
+
+def test_where_there_is_no_temporary_folder_at_all_the_answer_is_the_same(
+    artifact: Artifact, plain: np.ndarray, no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._get_default_tempdir", none)
+    with pytest.warns(BucketWarning) as caught:
+        assert np.abs(logits(artifact) - plain).max() < 1e-5
+    assert "no temporary folder can hold them either" in str(caught[-1].message)
+
+
+def test_a_disk_that_fills_up_while_weights_are_packed_is_no_fault_of_the_graph(
+    artifact: Artifact, plain: np.ndarray, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime tells of it as of any graph that cannot be loaded."""
+    start, packed = session_ort._start, []
+
+    def full(path: Path, settings: Any, arguments: Any) -> Any:
+        if settings.optimized_model_filepath:
+            packed.append(path)
+            raise ArtifactError("no space left")
+        return start(path, settings, arguments)
+
+    monkeypatch.setattr(session_ort, "_start", full)
+    monkeypatch.setattr(machine, "_here", {})
+    with pytest.warns(BucketWarning) as caught:
+        assert np.abs(logits(artifact, mode="static", measure_s=0.0) - plain).max() < 1e-5
+    assert [str(warning.message).partition(" (")[0] for warning in caught] == [
+        f"the cache {own_cache} cannot be written",
+        "no temporary folder can hold them either",
+    ]
+    assert len(packed) == 2, "in the cache once, and once in a temporary folder"
 
 
 def test_two_that_measure_take_turns_and_the_second_finds_what_the_first_did(tmp_path: Path) -> None:

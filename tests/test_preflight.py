@@ -164,12 +164,14 @@ def provided(artifact: Artifact, bench: Bench, **options: object) -> str:
     [
         pytest.param(0.5, 1.0, OPENVINO, id="twice as fast"),
         pytest.param(0.89, 1.01, OPENVINO, id="faster"),
-        pytest.param(0.92, 0.5, CPU, id="not worth it for many"),
+        pytest.param(1.01, 0.89, OPENVINO, id="faster for one"),
+        pytest.param(0.92, 0.92, CPU, id="not worth it"),
+        pytest.param(1.1, 0.5, CPU, id="slower for many"),
         pytest.param(0.5, 1.1, CPU, id="slower for one"),
         pytest.param(1.5, 1.5, CPU, id="slower"),
     ],
 )
-def test_another_provider_is_taken_where_it_is_faster_for_many_and_no_slower_for_one(
+def test_another_provider_is_taken_where_it_is_faster_for_many_or_one_and_no_slower_for_the_other(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, provider: str
 ) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
@@ -187,7 +189,7 @@ def test_another_provider_that_was_faster_only_once_is_not_taken(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    ratios = iter([0.5, 1.0, 1.2])
+    ratios = iter([0.5, 1.0, 1.2, 0.9])
     monkeypatch.setattr(preflight, "_ratio", lambda *_: next(ratios))
     assert provided(artifact, Rival(0.5)) == CPU
     (found,) = provider_ratios(artifact, EngineOptions(workers=2)).values()
@@ -254,6 +256,9 @@ def test_a_provider_that_cannot_run_the_model_is_left_out_with_a_warning(
     bench = Half(0.5)
     with pytest.warns(BucketWarning, match='provider="auto" leaves out openvino: no such operator'):
         assert provided(artifact, bench) == "OtherExecutionProvider"
+    opened = len(bench.opened)
+    assert provided(artifact, bench) == "OtherExecutionProvider"
+    assert len(bench.opened) == opened, "kept, that it cannot run the model too; and no second warning"
     assert threading.active_count() == len([one for one in threading.enumerate() if "hf_bucket" not in one.name])
 
 
