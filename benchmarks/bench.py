@@ -206,6 +206,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default=",".join(DATA_SETS), help="data sets, with commas (default: %(default)s)")
     parser.add_argument("--checkpoints", default="minilm,bert-base", help=f"of {', '.join(CHECKPOINTS)}")
     parser.add_argument("--only", action="append", help="system, or the beginning of some; may be given repeatedly")
+    parser.add_argument("--without", action="append", help="as --only, of systems to leave out")
     parser.add_argument("--limit", type=int, help="texts of every data set (default: all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--singles", type=int, default=100, help="single requests in all (default: %(default)s)")
@@ -237,22 +238,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def chosen(only: Sequence[str] | None) -> list[System]:
-    """Return the systems whose names begin as one of ``only`` does; all without it.
+def chosen(only: Sequence[str] | None, without: Sequence[str] | None = None) -> list[System]:
+    """Return the systems whose names begin as one of ``only`` does, all without it, but for those of ``without``.
 
     Raises:
         ValueError: one of them is no beginning.
     """
-    for beginning in only or ():
+    for beginning in (*(only or ()), *(without or ())):
         if not any(system.name.startswith(beginning) for system in SYSTEMS):
             raise ValueError(f"no system begins with {beginning!r}; they are {'; '.join(one.name for one in SYSTEMS)}")
-    return [one for one in SYSTEMS if only is None or any(one.name.startswith(beginning) for beginning in only)]
+    wanted = [one for one in SYSTEMS if only is None or one.name.startswith(tuple(only))]
+    return [one for one in wanted if not one.name.startswith(tuple(without or ()))]
 
 
 def main() -> int:
     arguments = parse()
     try:
-        systems = chosen(arguments.only)
+        systems = chosen(arguments.only, arguments.without)
         if arguments.list:
             print("\n".join(system.name for system in systems))
             return 0

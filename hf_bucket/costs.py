@@ -69,10 +69,9 @@ class Costs:
 
     @property
     def quick(self) -> frozenset[Bucket]:
-        """Buckets whose run takes no longer on one thread than on every core, as far as anything tells."""
-        known = {bucket.batch_size for bucket in self.seconds}
+        """Buckets whose run takes no longer on one thread than on every core: measured both ways, not predicted."""
         return frozenset(
-            bucket for bucket, value in self.alone.items() if bucket.batch_size in known and self(bucket) <= value
+            bucket for bucket, value in self.alone.items() if self.seconds.get(bucket, float("inf")) <= value
         )
 
     def of(self, ladder: Ladder) -> dict[Bucket, float]:

@@ -114,7 +114,8 @@ class Engines:
         with self._lock:
             one, many = self._sessions(self._one), self._sessions(self._many)
         sessions = {bucket: many[bucket] for bucket in spread(ladder) if bucket not in kept.seconds}
-        single = {bucket: one[bucket] for bucket in ladder.smallest_batches() if bucket not in kept.alone}
+        alike = spread(ladder.smallest_batches())
+        single = {bucket: one[bucket] for bucket in alike if bucket not in kept.alone}
         alone, at_once, workers = {}, kept.at_once, self._workers
         if workers.n == 1:
             seconds = measure(sessions, self._batches, budget_s=budget_s, clock=clock)

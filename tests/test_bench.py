@@ -417,8 +417,13 @@ def test_an_unknown_system_is_an_error_that_lists_the_known_ones() -> None:
         "torch, sorted",
         "torch, sorted, batch 8",
     ]
-    with pytest.raises(ValueError, match="no system begins with 'nothing'; they are hf_bucket; "):
-        bench.chosen(["nothing"])
+    assert [one.name for one in bench.chosen(["hf_bucket"], ["hf_bucket int8", "hf_bucket mode"])] == [
+        OURS,
+        "hf_bucket provider=CPUExecutionProvider",
+    ]
+    for arguments in ((["nothing"], None), (None, ["nothing"])):
+        with pytest.raises(ValueError, match="no system begins with 'nothing'; they are hf_bucket; "):
+            bench.chosen(*arguments)
 
 
 def test_every_system_has_a_name_an_engine_and_an_environment_that_exist() -> None:
