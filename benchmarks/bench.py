@@ -259,8 +259,8 @@ def main() -> int:
             print("\n".join(system.name for system in systems))
             return 0
         place = Place(environments=arguments.environments, build=arguments.build, timeout_s=arguments.timeout_s)
-        if arguments.again:  # what an older commit compiled would be measured otherwise
-            shutil.rmtree(place.cache, ignore_errors=not place.cache.exists())
+        if arguments.again and place.cache.exists():  # what an older commit compiled would be measured otherwise
+            shutil.rmtree(place.cache)
         for checkpoint in arguments.checkpoints:
             for data in arguments.data:
                 bench(arguments, systems, data, checkpoint, place)

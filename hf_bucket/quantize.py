@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
 from hf_bucket.assign import Assignment
 from hf_bucket.batch import Features, pad
-from hf_bucket.costs import compare
+from hf_bucket.costs import compare, spread
 from hf_bucket.encode import Encoder, Text, Truncation, check_texts
 from hf_bucket.errors import DataError, ExportError, missing_part
 from hf_bucket.graph import load_graph, save_graph, tidy
@@ -42,8 +42,7 @@ HELD_OUT = 16  # other texts of every length that the choice of layers is judged
 _TRIED = (0, 1, 2, 4)  # layers left in float, the most sensitive first; a further one costs more than it gains
 _RANKED_ON = 8  # texts that the layers' errors are measured on
 FLIPS = 200  # one label in so many may change
-_COMPARED = 8  # buckets whose speed is compared with float's
-_COMPARED_S = 3.0  # for that
+_COMPARED_S = 3.0  # for comparing the speed with float's
 
 Report = Callable[[str], None]
 
@@ -326,11 +325,8 @@ class _Work:
         """Return the logits of rows in the largest batches of their buckets, padding and all. Shape: (row, label)."""
         if self.texts is None or not rows:
             return np.zeros((0, 1), dtype=np.float32)
-        engine, features, ladder = (
-            open_graph(graph, EngineOptions()),
-            self.texts.features,
-            self.artifact.manifest.ladder,
-        )
+        features, ladder = self.texts.features, self.artifact.manifest.ladder
+        engine = open_graph(graph, EngineOptions())
         found: dict[int, NDArray[np.float32]] = {}
         for bucket in ladder.largest_batches():
             mine = [row for row in rows if ladder.choose(features.lengths[row]).length == bucket.length]
@@ -372,12 +368,10 @@ def speed(artifact: Artifact, folder: Path, encoder: Encoder) -> dict[str, float
     """
     manifest = artifact.manifest
     names = tuple(spec.name for spec in manifest.signature.outputs)
-    by_size = sorted(manifest.ladder, key=lambda bucket: bucket.cells)
-    places = np.linspace(0, len(by_size) - 1, min(_COMPARED, len(by_size))).round().astype(int)
     options = EngineOptions(threads=1)
     engines = {"float": open_unpacked(artifact, options), "int8": open_graph(folder / GRAPH, options)}
     systems: dict[str, dict[Bucket, Session]] = {
-        name: {by_size[place]: OrtSession(by_size[place], engine, names) for place in places}
+        name: {bucket: OrtSession(bucket, engine, names) for bucket in spread(manifest.ladder)}
         for name, engine in engines.items()
     }
     found = compare(systems, sampler(encoder, manifest.signature, manifest.vocab_size), budget_s=_COMPARED_S)
