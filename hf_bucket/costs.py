@@ -28,8 +28,8 @@ Sessions = Mapping[Bucket, Session]
 Clock = Callable[[], float]
 
 ROUNDS = 9  # runs of one bucket at most: a median of more tells nothing new
-LENGTHS = 8  # of one batch size that are measured; those between are predicted
 TURNS = 60  # ... where systems are compared, whose differences are smaller than those of buckets
+LENGTHS = 8  # of one batch size that are measured; those between are predicted
 SHORTEST_S = 0.001  # what Python does around a run costs as much, and the clock's noise is larger than differences
 _NAME = re.compile(r"b([0-9]{1,7})_s([0-9]{1,7})")
 

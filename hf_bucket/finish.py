@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_bucket.artifact import GRAPH, Artifact, record_files, variant_name
 from hf_bucket.encode import Encoder
 from hf_bucket.export import quiet
-from hf_bucket.fuse import Report, choose_fusion
+from hf_bucket.fuse import Report, choose_fusion, not_used
 from hf_bucket.fusions import get_fusion
 from hf_bucket.graph import specialise
 from hf_bucket.ladder import Bucket
@@ -38,8 +38,7 @@ def finish(folder: Path, manifest: Manifest, report: Report) -> None:
         rewritten = [] if manifest.fusion is None else sorted(filter(None, _rewritten(manifest.fusion)))
         if not rewritten:
             raise
-        reason = next(iter(str(error).splitlines()), "")
-        report(f"{', '.join(rewritten)} is not used on this model: {type(error).__name__}: {reason}")
+        report(not_used(", ".join(rewritten), error))
         for name in rewritten:
             (folder / name).unlink()
         final = _checked(folder, replace(manifest, fusion=None))

@@ -66,13 +66,18 @@ def choose_fusion(
                     check(session)
             relative[fusion.name] = own.compared(way, tried, batches)
         except Exception as error:  # noqa: BLE001 - tools and onnxruntime raise anything; without this way all is as it was
-            reason = next(iter(str(error).splitlines()), "")
-            report(f"{fusion.name} is not used on this model: {type(error).__name__}: {reason}")
+            report(not_used(fusion.name, error))
     choice = _choice(relative, tried)
     for fusion in FUSIONS:
         if fusion.rewritten and fusion.name not in {choice.chosen, *choice.buckets.values()}:
             (folder / fusion.rewritten).unlink(missing_ok=True)
     return choice
+
+
+def not_used(what: str, error: Exception) -> str:
+    """Return the line that tells of a way that failed."""
+    reason = next(iter(str(error).splitlines()), "")
+    return f"{what} is not used on this model: {type(error).__name__}: {reason}"
 
 
 Report = Callable[[str], None]
