@@ -214,8 +214,16 @@ def test_two_that_measure_take_turns_and_the_second_finds_what_the_first_did(tmp
 
 def test_nobody_waits_for_ever_for_another_that_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_PATIENCE_S", 0.05)
-    with machine.one_at_a_time(tmp_path / "costs.json"), machine.one_at_a_time(tmp_path / "modes.json"):
-        machine.write_figures(tmp_path / "modes.json", {"seconds": 2.0})
+
+    def second() -> None:
+        with machine.one_at_a_time(tmp_path / "modes.json"):
+            machine.write_figures(tmp_path / "modes.json", {"seconds": 2.0})
+
+    with machine.one_at_a_time(tmp_path / "costs.json"):
+        waiting = threading.Thread(target=second, daemon=True)
+        waiting.start()
+        waiting.join(30)
+        assert not waiting.is_alive()
     assert machine.read_figures(tmp_path / "modes.json") == {"seconds": 2.0}
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import text_of
 from hypothesis import given, settings
@@ -227,19 +228,21 @@ def test_what_counts_as_another_answer_is_what_the_model_is_used_for(
     assert changed(np.array(exact, dtype=np.float32), np.array(got, dtype=np.float32), problem) == expected
 
 
-def test_int8_dynamic_is_judged_by_texts_that_share_batches(compiled: dict[str, Artifact]) -> None:
-    artifact = compiled["int8-dynamic"]
-    made = artifact.manifest.quantization
-    assert made is not None
-    encoder = Encoder(artifact.tokenizer_json(), inputs=artifact.manifest.signature.input_names)
-    dealt = calibrate(
-        CALIBRATION, encoder, artifact.manifest.ladder, "int8-dynamic", planned=False, report=lambda line: None
-    )
+def test_int8_dynamic_is_judged_by_texts_that_share_batches(compiled: dict[str, Artifact], tmp_path: Path) -> None:
+    artifact, scheme = compiled["float"], "int8-dynamic"
+    names = artifact.manifest.signature.input_names
+    encoder = Encoder(artifact.tokenizer_json(), inputs=names)
+    dealt = calibrate(CALIBRATION, encoder, artifact.manifest.ladder, scheme, planned=False, report=lambda line: None)
     assert dealt is not None
-    held_out = [CALIBRATION[row] for row in dealt.held_out]
-    exact = logits(compiled["float"], held_out)
-    alone = np.concatenate([logits(artifact, [text]) for text in held_out])
-    assert made.tries[0].max_abs_delta != pytest.approx(np.abs(alone - exact).max(), rel=1e-3)
+    made = quantize(artifact, scheme, dealt, tmp_path)
+    engines = [onnxruntime.InferenceSession(str(folder / GRAPH)) for folder in (artifact.folder, tmp_path)]
+    columns, deltas = dealt.features.columns, []
+    for row in dealt.held_out:
+        arrays = {name: np.array([columns[name][row]], dtype=np.int64) for name in names}
+        exact, alone = (engine.run(["logits"], arrays)[0] for engine in engines)
+        deltas.append(np.abs(exact - alone).max())
+    assert made.tries[0].max_abs_delta > 0
+    assert made.tries[0].max_abs_delta != pytest.approx(max(deltas), rel=1e-4), "that is what texts alone differ by"
 
 
 def test_int8_that_changes_much_says_so(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
