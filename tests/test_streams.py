@@ -21,7 +21,13 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and resizes pipes"),
 ]
 
-RUN = "from hf_bucket.cli import run; run()"
+# A process that is started in the background of a script ignores SIGINT, and so would the children of these tests.
+RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from hf_bucket.cli import run
+run()
+"""
 MEASURED = """
 import sys
 from hf_bucket.cli import main
