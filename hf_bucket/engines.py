@@ -13,7 +13,7 @@ from pathlib import Path
 from hf_bucket.artifact import Artifact
 from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, spread, write_costs
 from hf_bucket.ladder import Bucket
-from hf_bucket.machine import machine_folder, one_at_a_time
+from hf_bucket.machine import machine_folder, measured_once
 from hf_bucket.preflight import Trial, after_fork, settle
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, resolve_provider, versioned
@@ -98,15 +98,18 @@ class Engines:
         """Return what a run of every bucket costs here: see ``Runner.measure``."""
         self._leave_parent()
         path, ladder = costs_path(self._artifact, self._one), self._artifact.manifest.ladder
-        if not again and key_of(ladder) in (kept := read_costs(path)).ladders:
-            return kept
-        with one_at_a_time(path):
-            kept = Costs(seconds={}) if again else read_costs(path)  # another process may have measured meanwhile
-            if key_of(ladder) in kept.ladders:
-                return kept
+
+        def read() -> Costs | None:
+            kept = read_costs(path)
+            return kept if key_of(ladder) in kept.ladders else None
+
+        def measured() -> Costs:
+            kept = Costs(seconds={}) if again else read_costs(path)
             costs = self._measured(kept, budget_s, clock)
             write_costs(path, costs)
-        return kept.joined(costs)
+            return kept.joined(costs)
+
+        return measured_once(path, read, measured, again=again)
 
     def _measured(self, kept: Costs, budget_s: float, clock: Clock) -> Costs:
         """Return the costs of the buckets that none are kept of."""
@@ -120,10 +123,10 @@ class Engines:
         if workers.n == 1:
             seconds = measure(sessions, self._batches, budget_s=budget_s, clock=clock)
         else:
-            seconds = measure(sessions, self._batches, budget_s=budget_s * 2 / 3, clock=clock)
+            seconds = measure(sessions, self._batches, budget_s=budget_s * 0.5, clock=clock)
             if not kept.seconds:
-                at_once = faster_at_once(one, many, workers, self._batches, seconds, clock, budget_s=budget_s / 4)
-            alone = measure(single, self._batches, budget_s=budget_s / 3, clock=clock)
+                at_once = faster_at_once(one, many, workers, self._batches, seconds, clock, budget_s=budget_s * 0.2)
+            alone = measure(single, self._batches, budget_s=budget_s * 0.3, clock=clock)
         return Costs(seconds=seconds, alone=alone, at_once=at_once, ladders=frozenset({key_of(ladder)}))
 
     def close(self) -> None:

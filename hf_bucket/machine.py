@@ -12,9 +12,10 @@ import re
 import secrets
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import filelock
 
@@ -217,18 +218,29 @@ def _is_whole(folder: Path) -> bool:
     return whole
 
 
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold off other processes that would measure what the folder of ``path`` keeps: they would slow each other down.
+T = TypeVar("T")
 
-    Whoever waited finds the figures there. Nobody waits longer than a minute, or where the cache cannot be written:
+
+def measured_once(path: Path, read: Callable[[], T | None], measure: Callable[[], T], *, again: bool) -> T:
+    """Return what ``read`` finds, or what ``measure`` returns where that is None.
+
+    Processes that would measure what the folder of ``path`` keeps take turns: they would slow each other down, and
+    whoever waited finds the figures there. Nobody waits longer than a minute, or where the cache cannot be written:
     ``write_figures`` says so.
+
+    Args:
+        measure: writes the figures too.
+        again: measure whatever is kept.
     """
+    found = None if again else read()
+    if found is not None:
+        return found
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(path.with_name("measuring.lock")).acquire(timeout=_PATIENCE_S))
-        yield
+        found = None if again else read()  # another process may have measured meanwhile
+        return measure() if found is None else found
 
 
 _PATIENCE_S = 60.0

@@ -18,7 +18,7 @@ from hf_bucket.costs import Batches, Clock, Sessions, compare, key_of
 from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, BucketWarning, InputError, ProviderError
 from hf_bucket.ladder import Bucket, Ladder
-from hf_bucket.machine import available_bytes, machine_folder, one_at_a_time, read_figures, write_figures
+from hf_bucket.machine import available_bytes, machine_folder, measured_once, read_figures, write_figures
 from hf_bucket.memory import FASTER, Footprint, check_fits, footprint, sets_of
 from hf_bucket.probes import sampler
 from hf_bucket.session import Session
@@ -171,17 +171,19 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
     if not fitting:
         return CPU
     path = _figures(artifact, options, f"providers-{options.mode}")
-    kept = None if trial.again else _kept_ratios(path, fitting)
-    if kept is None and trial.budget_s:
-        with one_at_a_time(path):
-            kept = None if trial.again else _kept_ratios(path, fitting)  # another process may have measured meanwhile
-            if kept is None:
-                compared = _compare_providers(artifact, options, fitting, trial)
-                kept = {name: ratios for name, ratios in (compared or {}).items() if ratios is not None}
-                others = {name: asdict(ratios) for name, ratios in _ratios(path).items()}
-                new = {versioned(name): ratios and asdict(ratios) for name, ratios in (compared or {}).items()}
-                write_figures(path, {"short": True} if compared is None else {**others, **new})
-    faster = {name: ratios.many * ratios.one for name, ratios in (kept or {}).items() if ratios.faster}
+
+    def read() -> dict[str, Ratios] | None:
+        return _kept_ratios(path, fitting)
+
+    def measured() -> dict[str, Ratios]:
+        compared = _compare_providers(artifact, options, fitting, trial)
+        others = {name: asdict(ratios) for name, ratios in _ratios(path).items()}
+        new = {versioned(name): ratios and asdict(ratios) for name, ratios in (compared or {}).items()}
+        write_figures(path, {"short": True} if compared is None else {**others, **new})
+        return {name: ratios for name, ratios in (compared or {}).items() if ratios is not None}
+
+    kept = measured_once(path, read, measured, again=trial.again) if trial.budget_s else read() or {}
+    faster = {name: ratios.many * ratios.one for name, ratios in kept.items() if ratios.faster}
     return min(faster, key=faster.__getitem__, default=CPU)
 
 
@@ -346,14 +348,15 @@ def choose_mode(artifact: Artifact, options: EngineOptions, trial: Trial) -> Cho
     static = takes(artifact, replace(options, mode="static")).total
     choice = Choice(seconds={}, static_bytes=static, available=trial.available)
     path = _figures(artifact, options, f"{versioned(resolve_provider(options.provider))}-modes")
-    kept = {} if trial.again else _read(path)
-    if kept or not choice.fits or not trial.budget_s:
-        return replace(choice, seconds=kept)
-    with one_at_a_time(path):
-        kept = {} if trial.again else _read(path)  # another process may have measured meanwhile
-        choice = replace(choice, seconds=kept or _compare_modes(artifact, options, trial))
-        write_figures(path, choice.to_json())
-    return choice
+
+    def measured() -> Seconds:
+        seconds = _compare_modes(artifact, options, trial)
+        write_figures(path, replace(choice, seconds=seconds).to_json())
+        return seconds
+
+    if not choice.fits or not trial.budget_s:
+        return replace(choice, seconds=_read(path) or {})
+    return replace(choice, seconds=measured_once(path, lambda: _read(path), measured, again=trial.again))
 
 
 def _texts(artifact: Artifact) -> Batches:
@@ -368,16 +371,16 @@ def _figures(artifact: Artifact, options: EngineOptions, what: str) -> Path:
     return machine_folder(artifact.graph_sha256()) / name
 
 
-def _read(path: Path) -> Seconds:
-    """Return the seconds kept in a file; none where they are damaged, and are measured again."""
+def _read(path: Path) -> Seconds | None:
+    """Return the seconds kept in a file; None where there are none, or damaged ones, which are measured again."""
     seconds = read_figures(path).get("seconds")
     found: dict[str, tuple[float, float]] = {}
     for name, pair in seconds.items() if isinstance(seconds, dict) else ():
         shared, static = (pair.get(way) if isinstance(pair, dict) else None for way in _WAYS)
         if not isinstance(shared, float) or not isinstance(static, float) or not 0 < min(shared, static) < math.inf:
-            return {}
+            return None
         found[name] = (shared, static)
-    return found
+    return found or None
 
 
 def _few(artifact: Artifact) -> Artifact:

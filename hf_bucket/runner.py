@@ -27,7 +27,7 @@ from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, Mode, open_dyn
 from hf_bucket.stats import Counts
 from hf_bucket.tasks import Signature
 
-MEASURE_S = 3.0  # what the doors, and joint plans, spend on measuring, once per ladder and machine
+MEASURE_S = 4.0  # what the doors, and joint plans, spend on measuring, once per ladder and machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,6 +146,25 @@ def test_a_single_request_runs_on_the_sessions_that_were_faster_for_it(
     assert len(again(["w1 w2"])) == 1
 
 
+def test_measuring_a_ladder_on_two_cores_spends_about_what_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    artifact, time = fake_artifact(tmp_path / "fake", make_ladder([8, 16, 32, 64], batch_sizes=[1, 4])), Time()
+
+    class Ten(FakeSession):
+        def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+            time.now += 0.01
+            return super().run(arrays)
+
+    options = RunOptions(engine=EngineOptions(workers=2), warmup=False)
+    runner = Runner(artifact, options, engine=lambda artifact, _: {one: Ten(one) for one in artifact.manifest.ladder})
+    costs = runner.measure(0.4, clock=time)
+    assert time.now == pytest.approx(0.4, abs=0.05)
+    assert len(costs.seconds) == 8
+    assert len(costs.alone) == 4
+
+
 class Turns(Slow):
     """A session that notes when it is asked."""
 

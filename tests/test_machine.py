@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,37 +194,46 @@ def test_a_disk_that_fills_up_while_weights_are_packed_is_no_fault_of_the_graph(
 
 
 def test_two_that_measure_take_turns_and_the_second_finds_what_the_first_did(tmp_path: Path) -> None:
-    path, inside, most = tmp_path / "cache" / "costs.json", [], []
+    path, inside, most, found = tmp_path / "cache" / "costs.json", [], [], []
+
+    def measure() -> dict[str, float]:
+        inside.append(1)
+        most.append(sum(inside))
+        time.sleep(0.1)
+        machine.write_figures(path, {"seconds": 1.0})
+        inside.pop()
+        return {"seconds": 1.0}
 
     def measured() -> None:
-        with machine.one_at_a_time(path):
-            if not machine.read_figures(path):
-                inside.append(1)
-                most.append(sum(inside))
-                time.sleep(0.1)
-                machine.write_figures(path, {"seconds": 1.0})
-                inside.pop()
+        found.append(machine.measured_once(path, lambda: machine.read_figures(path) or None, measure, again=False))
 
     threads = [threading.Thread(target=measured) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1]
+    assert (most, found) == ([1], [{"seconds": 1.0}] * 4)
+    machine.measured_once(path, lambda: machine.read_figures(path) or None, measure, again=True)
+    assert most == [1, 1], "again measures whatever is kept"
 
 
 def test_nobody_waits_for_ever_for_another_that_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_PATIENCE_S", 0.05)
 
-    def second() -> None:
-        with machine.one_at_a_time(tmp_path / "modes.json"):
-            machine.write_figures(tmp_path / "modes.json", {"seconds": 2.0})
-
-    with machine.one_at_a_time(tmp_path / "costs.json"):
+    def wait() -> None:
         waiting = threading.Thread(target=second, daemon=True)
         waiting.start()
         waiting.join(30)
         assert not waiting.is_alive()
+
+    def measured(path: Path, measure: Callable[[], None]) -> None:
+        machine.measured_once(path, lambda: None, measure, again=False)
+
+    def second() -> None:
+        modes = tmp_path / "modes.json"
+        measured(modes, lambda: machine.write_figures(modes, {"seconds": 2.0}))
+
+    measured(tmp_path / "costs.json", wait)
     assert machine.read_figures(tmp_path / "modes.json") == {"seconds": 2.0}
 
 
