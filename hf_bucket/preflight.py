@@ -260,7 +260,7 @@ def _compare_providers(
             try:
                 other = _Ways(part, replace(options, provider=name), trial.engine, workers)
             except (ArtifactError, ProviderError) as error:
-                warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=7)
+                warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=9)
                 ratios[name] = None
                 continue
             stack.enter_context(contextlib.closing(other))
