@@ -218,9 +218,9 @@ class Ratios:
         return min(self.many, self.one) <= _WORTH and max(self.many, self.one) <= _NO_SLOWER
 
 
-# Of the CPU provider's time. For less than a tenth another engine's memory and start are not worth it; and of a large
-# ladder, with more shapes than can be tried here, a smaller gain was lost again.
-_WORTH = 0.9
+# Of the CPU provider's time. For less than a twentieth another engine's memory and start are not worth it; so much is
+# seen on a few buckets too, as on whole data sets: docs/benchmarks.md, "Which provider".
+_WORTH = 0.95
 _NO_SLOWER = 1.02  # more than that is no noise
 _WORTH_S = 0.005  # a run of fewer seconds is not worth another engine's memory, threads and start
 

@@ -418,7 +418,7 @@ def load(
         mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes;
             ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
         provider: onnxruntime execution provider by name, or ``"openvino"``; ``"auto"`` is the CPU's, or another that is
-            installed and was measured to save a tenth of the time of many texts or of one.
+            installed and was measured to save a twentieth of the time of many texts or of one.
         provider_options: passed to the provider as they are.
         threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.
