@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from bench_data import CHECKPOINT_OF, DATA_SETS, Sizes, lengths_of, open_tokenizer
-from bench_figures import Reference, Work, figures, table, without_folders
+from bench_figures import Reference, Work, figures, table
 from bench_report import draw, write_page
 from bench_systems import OURS, REFERENCE, ROOT, SYSTEMS, Place, System, WorkerError
 from bench_turns import Progress, Request, Say, Start, Turns
-from record import circumstances
+from record import circumstances, without_folders
 
 from hf_bucket.session_ort import usable_cores
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -13,9 +12,6 @@ import numpy as np
 from bench_systems import OURS
 from numpy.typing import NDArray
 from record import spread
-
-# A folder of this machine: nothing that is written down may name one.
-_FOLDERS = re.compile(r"(?<![\w.:/~…-])(?:~|[A-Za-z]:)?[\\/](?:[\w.+@-]+[\\/])+(?=[\w.+@-])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,17 +113,6 @@ def paired(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 def percentile(values: Sequence[float], percent: float) -> float:
     """Return the smallest value that at least ``percent`` % of all do not exceed (nearest rank)."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
-
-
-def without_folders(value: Any) -> Any:
-    """Return JSON's own types with the folders of every absolute path in any string replaced by an ellipsis."""
-    if isinstance(value, str):
-        return _FOLDERS.sub("…/", value)
-    if isinstance(value, Mapping):
-        return {key: without_folders(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_folders(one) for one in value]
-    return value
 
 
 _HEADER = (

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 from bench_data import PAD_TO, DataSet
-from bench_figures import Measured, without_folders
+from bench_figures import Measured
 from bench_systems import System, Worker, WorkerError
+from record import without_folders
 
 from hf_bucket.session_ort import usable_cores
 

@@ -1,9 +1,10 @@
-"""What 16 buckets cost instead of one: bytes on disk, seconds to compile, memory in ``mode="shared"``.
+"""What 16 buckets cost instead of one: bytes on disk, seconds to compile, and in both modes seconds to load and memory.
 
     python benchmarks/ladder_cost.py --model MODEL --output benchmarks/results/ladder_cost.json
 
-Every compilation runs in a process and a cache of its own; memory is the resident set of a process that loaded the
-artifact, warmed every bucket up and ran texts of all lengths.
+Every compilation runs in a process and a cache of its own. Memory is Pss, in MiB, of a process that loaded the
+artifact, warmed every bucket up and ran texts of all lengths; it was not the first on the machine, which measures costs
+and packs weights, and its seconds to load leave out imports.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ print(compile_model(Source(name=sys.argv[1]), CompileOptions(buckets=buckets)).f
 """
 
 _LOAD = """
-import sys, hf_bucket
-runner = hf_bucket.load(sys.argv[1], mode=sys.argv[2])
+import json, re, sys, time
+import hf_bucket
+start = time.perf_counter()
+runner = hf_bucket.load(sys.argv[1], mode=sys.argv[2], provider="CPUExecutionProvider")
+seconds = time.perf_counter() - start
 for _ in range(3):
     for words in range(1, runner.ladder.max_length - 2, 5):
-        runner(["word " * words] * 8)
-with open("/proc/self/status") as file:
-    print(next(line.split()[1] for line in file if line.startswith("VmRSS")))
+        runner(["word " * words] * 16)
+with open("/proc/self/smaps_rollup") as file:
+    pss = int(re.search(r"^Pss: +([0-9]+) kB", file.read(), re.MULTILINE)[1])
+print(json.dumps({"load_s": seconds, "pss_mib": pss / 1024}))
 """
+
+_MODES = ("shared", "static")
 
 
 def _run(code: str, *arguments: str, cache: Path) -> str:
@@ -47,9 +54,9 @@ def _run(code: str, *arguments: str, cache: Path) -> str:
 
 
 def measure(model: str, ladders: dict[str, list[int]], rounds: int) -> dict[str, object]:
-    """Return size, compile time and memory per ladder, rounds interleaved."""
+    """Return size, compile time, and load time and memory by mode, per ladder, rounds interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in ladders}
-    memory: dict[str, list[float]] = {name: [] for name in ladders}
+    loaded: dict[str, dict[str, list[dict[str, float]]]] = {name: {mode: [] for mode in _MODES} for name in ladders}
     sizes: dict[str, int] = {}
     for _ in range(rounds):
         for name, lengths in ladders.items():
@@ -58,13 +65,18 @@ def measure(model: str, ladders: dict[str, list[int]], rounds: int) -> dict[str,
                 folder = _run(_COMPILE, model, ",".join(map(str, lengths)), cache=Path(cache))
                 seconds[name].append(time.perf_counter() - start)
                 sizes[name] = sum(path.stat().st_size for path in Path(folder).iterdir())
-                memory[name].append(float(_run(_LOAD, folder, "shared", cache=Path(cache))) / 1024)
+                for mode in _MODES:
+                    _run(_LOAD, folder, mode, cache=Path(cache))
+                    loaded[name][mode].append(json.loads(_run(_LOAD, folder, mode, cache=Path(cache))))
     return {
         name: {
             "lengths": lengths,
             "bytes": sizes[name],
             "compile_s": spread(seconds[name]),
-            "shared_memory_mib": spread(memory[name]),
+            **{
+                mode: {figure: spread([one[figure] for one in found]) for figure in ("load_s", "pss_mib")}
+                for mode, found in loaded[name].items()
+            },
         }
         for name, lengths in ladders.items()
     }

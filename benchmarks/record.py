@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -13,13 +14,16 @@ from typing import Any
 
 from hf_bucket.machine import usable_cores
 
+# A folder of this machine: nothing that is written down may name one.
+_FOLDERS = re.compile(r"(?<![\w.:/~…-])(?:~|[A-Za-z]:)?[\\/](?:[\w.+@-]+[\\/])+(?=[\w.+@-])")
+
 PACKAGES = ("hf-bucket", "onnxruntime", "torch", "transformers", "tokenizers", "numpy")
 
 
 def circumstances() -> dict[str, Any]:
     """Return the command, the machine and the versions of this run."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": without_folders(" ".join(["python", *sys.argv])),
         "processor": _processor(),
         "usable_cores": usable_cores(),
         "python": platform.python_version(),
@@ -38,6 +42,17 @@ def _commit() -> str:
     except FileNotFoundError:
         return ""
     return head.stdout.strip() + ("+" if changed.stdout else "") if head.returncode == 0 else ""
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON's own types with the folders of every absolute path in any string replaced by an ellipsis."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("…/", value)
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one) for one in value]
+    return value
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ import record
 import worker
 from bench_data import DataSet, Sizes, flat_texts, lengths_of
 from bench_environments import read_environments
-from bench_figures import Measured, Reference, Work, figures, paired, percentile, rates, table, without_folders
+from bench_figures import Measured, Reference, Work, figures, paired, percentile, rates, table
 from bench_systems import OURS, PROJECT, SYSTEMS, Place, ProcessWorker, System, WorkerError
 from bench_turns import Progress, Request
 
@@ -145,6 +145,8 @@ def test_the_commit_that_was_measured_is_told_where_there_is_one(monkeypatch: py
     assert "; hf_bucket 0.1.0 at abc1234. `python" in table({**result_of({}, {}), "commit": "abc1234"})
     assert "; hf_bucket 0.1.0. `python" in table({**result_of({}, {}), "commit": ""})
     assert re.fullmatch(r"([0-9a-f]{7,}\+?)?", record.circumstances()["commit"])
+    monkeypatch.setattr("sys.argv", ["benchmarks/ladder_cost.py", "--model", "/home/someone/models/mini"])
+    assert record.circumstances()["command"] == "python benchmarks/ladder_cost.py --model …/mini"
     monkeypatch.setenv("PATH", "")
     assert record.circumstances()["commit"] == ""
 
@@ -190,7 +192,7 @@ def test_a_chart_is_drawn(tmp_path: Path) -> None:
     ids=["posix", "home", "windows", "relative", "address"],
 )
 def test_no_folder_of_a_machine_is_written_down(text: str, expected: str) -> None:
-    assert without_folders({"reasons": [text]}) == {"reasons": [expected]}
+    assert record.without_folders({"reasons": [text]}) == {"reasons": [expected]}
 
 
 # --- data ----------------------------------------------------------------------------------------------------
