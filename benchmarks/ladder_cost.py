@@ -66,7 +66,7 @@ def measure(model: str, ladders: dict[str, list[int]], rounds: int) -> dict[str,
                 seconds[name].append(time.perf_counter() - start)
                 sizes[name] = sum(path.stat().st_size for path in Path(folder).iterdir())
                 for mode in _MODES:
-                    _run(_LOAD, folder, mode, cache=Path(cache))
+                    _run(_LOAD, folder, mode, cache=Path(cache))  # the first on this machine: it fills the cache
                     loaded[name][mode].append(json.loads(_run(_LOAD, folder, mode, cache=Path(cache))))
     return {
         name: {

@@ -218,10 +218,10 @@ def _is_whole(folder: Path) -> bool:
     return whole
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def measured_once(path: Path, read: Callable[[], T | None], measure: Callable[[], T], *, again: bool) -> T:
+def measured_once(path: Path, read: Callable[[], _T | None], measure: Callable[[], _T], *, again: bool) -> _T:
     """Return what ``read`` finds, or what ``measure`` returns where that is None.
 
     Processes that would measure what the folder of ``path`` keeps take turns: they would slow each other down, and
