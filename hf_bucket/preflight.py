@@ -24,6 +24,7 @@ from hf_bucket.probes import sampler
 from hf_bucket.session import Session
 from hf_bucket.session_ort import (
     CPU,
+    CUDA,
     OPENVINO,
     Engine,
     EngineOptions,
@@ -87,9 +88,11 @@ def takes(artifact: Artifact, options: EngineOptions) -> Footprint:
     """Return what running an artifact with these options takes."""
     many = options.for_many_batches()
     sets = 1 if many.threads == options.threads else sets_of(many.workers)
-    mode: memory.Mode = "static" if options.mode == "static" else "shared"
+    provider = resolve_provider(options.provider)
+    # on CUDA all buckets run one session in static mode too
+    mode: memory.Mode = "static" if options.mode == "static" and provider != CUDA else "shared"
     each = len(artifact.manifest.ladder) if mode == "static" else 1
-    copies = 0 if resolve_provider(options.provider) == CPU else sets * each
+    copies = 0 if provider == CPU else sets * each
     return footprint(artifact.manifest, mode=mode, at_once=many.workers, sets=sets, copies=copies)
 
 
@@ -351,7 +354,8 @@ def choose_mode(artifact: Artifact, options: EngineOptions, trial: Trial) -> Cho
 
     def measured() -> Seconds:
         seconds = _compare_modes(artifact, options, trial)
-        write_figures(path, replace(choice, seconds=seconds).to_json())
+        if seconds:
+            write_figures(path, replace(choice, seconds=seconds).to_json())
         return seconds
 
     if not choice.fits or not trial.budget_s:
@@ -391,13 +395,22 @@ def _few(artifact: Artifact) -> Artifact:
 
 
 def _compare_modes(artifact: Artifact, options: EngineOptions, trial: Trial) -> Seconds:
-    """Open a few buckets in both modes, time them in turns, and close them again."""
+    """Open a few buckets in both modes, time them in turns, and close them again.
+
+    Nothing is returned where the provider cannot run the model in static mode; a warning says so.
+    """
     part, many = _few(artifact), options.for_many_batches()
     batches = trial.batches or _texts(artifact)
-    shared, static = (trial.engine(part, replace(many, mode=mode)) for mode in ("shared", "static"))
+    opened = {"shared": trial.engine(part, replace(many, mode="shared"))}
     try:
-        found = compare({"shared": shared, "static": static}, batches, budget_s=trial.budget_s, clock=trial.clock)
+        try:
+            opened["static"] = trial.engine(part, replace(many, mode="static"))
+        except ProviderError as error:
+            warnings.warn(f'mode="auto" is shared: {error}', BucketWarning, stacklevel=9)
+            return {}
+        found = compare(opened, batches, budget_s=trial.budget_s, clock=trial.clock)
         return {bucket.name: (seconds, found["static"][bucket]) for bucket, seconds in found["shared"].items()}
     finally:
-        for session in [*shared.values(), *static.values()]:
-            session.close()
+        for sessions in opened.values():
+            for session in sessions.values():
+                session.close()

@@ -29,7 +29,7 @@ from hf_bucket.fusions import OWN, Fusion, get_fusion
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, made_once, usable_cores
 from hf_bucket.session import Session
-from hf_bucket.session_bound import BoundSession
+from hf_bucket.session_cuda import CudaEngine, RecordedSession
 from hf_bucket.session_openvino import left_behind, open_openvino
 
 Mode = Literal["shared", "static", "auto"]
@@ -37,6 +37,12 @@ Mode = Literal["shared", "static", "auto"]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 OPENVINO = "openvino"  # OpenVINO's own runtime; "OpenVINOExecutionProvider" is the same inside onnxruntime
+
+_ONNXRUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+
+# What a provider is told unless the user says otherwise: by itself CUDA rounds float32 to 10 bits (TF32) before it
+# multiplies, which moved logits of MiniLM by 5e-3.
+_EXACT: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}}
 
 # Providers that come as a plugin: package that brings it.
 PLUGINS = {"OpenVINOExecutionProvider": "onnxruntime_ep_openvino"}
@@ -79,6 +85,10 @@ class EngineOptions:
                 f"provider {self.provider!r} takes no provider_options, got {given}; "
                 f"name the provider they are for: one of {', '.join(installed_providers())}"
             )
+        if self.provider == CUDA and "enable_cuda_graph" in self.provider_options:
+            raise ProviderError('enable_cuda_graph is what mode="static" does on CUDA; leave the option out')
+        if self.provider == CUDA and not str(self.provider_options.get("device_id", "0")).isdecimal():
+            raise ProviderError(f"device_id must be the number of a GPU, got {self.provider_options['device_id']!r}")
         for name, zero in (("threads", "every core"), ("workers", "as many as the cores allow")):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -107,7 +117,9 @@ class OrtSession:
         return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in named}
 
     def close(self) -> None:
-        """Nothing to do: the engine goes when the last bucket that uses it is dropped."""
+        """End the thread of a CUDA engine; the engine itself goes when the last bucket that uses it is dropped."""
+        if isinstance(self.engine, CudaEngine):
+            self.engine.close()
 
 
 def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Session]:
@@ -122,7 +134,7 @@ def open_sessions(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Se
         engine = open_shared(artifact, options)
         return {bucket: OrtSession(bucket, engine, names) for bucket in ladder}
     if resolve_provider(options.provider) == CUDA:
-        return {bucket: open_cuda_graph(artifact, bucket, options) for bucket in ladder}
+        return open_recorded(artifact, options)
     if resolve_provider(options.provider) != CPU:
         return {bucket: open_variant(artifact, bucket, options) for bucket in ladder}
     sessions: dict[Bucket, Session] = {}
@@ -201,11 +213,30 @@ def open_variant(artifact: Artifact, bucket: Bucket, options: EngineOptions) -> 
     return OrtSession(bucket, open_graph(artifact.variant(bucket), options), _output_names(artifact))
 
 
-def open_cuda_graph(artifact: Artifact, bucket: Bucket, options: EngineOptions) -> BoundSession:
-    """Return a session that replays one CUDA graph of one bucket."""
-    graphs = {"enable_cuda_graph": "1", **options.provider_options}
-    engine = open_graph(artifact.variant(bucket), replace(options, provider_options=graphs))
-    return BoundSession(bucket, engine, "cuda", int(options.provider_options.get("device_id", "0")))
+# Operators that tell the host how large their result is, while they run: a replay tells no one. As they lie in a file.
+_NOT_RECORDED = {bytes([34, len(name)]) + name.encode(): name for name in ("NonZero", "Compress", "Unique")}
+
+
+def open_recorded(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Session]:
+    """Return sessions that replay one CUDA graph each; they share the weights and the memory they compute in.
+
+    Raises:
+        ProviderError: the model cannot be recorded.
+    """
+    path, refused = artifact.path(GRAPH), 'in static mode, as CUDA graphs, {}; use mode="shared"'
+    if _ONNXRUNTIME < (1, 31):  # a replay of GatherND reads memory that is gone: microsoft/onnxruntime#32120
+        raise ProviderError(refused.format(f"{CUDA} needs onnxruntime 1.31, here is {onnxruntime.__version__}"))
+    graph = path.read_bytes()
+    for encoded, operator in _NOT_RECORDED.items():
+        if encoded in graph:
+            raise ProviderError(refused.format(f"{CUDA} cannot run this model, which has the operator {operator}"))
+    try:
+        engine = open_graph(path, replace(options, mode="shared"), cuda_graphs=True)
+    except ProviderError as error:
+        if "graph capture" not in str(error):
+            raise
+        raise ProviderError(refused.format(f"{CUDA} cannot run this model, part of which stays on the CPU")) from error
+    return {bucket: RecordedSession(bucket, engine) for bucket in artifact.manifest.ladder}
 
 
 def _output_names(artifact: Artifact) -> tuple[str, ...]:
@@ -216,15 +247,23 @@ Engine = Callable[[Artifact, EngineOptions], Mapping[Bucket, Session]]
 Dynamic = Callable[[Artifact, EngineOptions, Mapping[Bucket, Session]], Callable[[Bucket], Session]]
 
 
-def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = None, fusion: Fusion = OWN) -> Any:
-    """Return an onnxruntime ``InferenceSession`` on one graph.
+def open_graph(
+    path: Path,
+    options: EngineOptions,
+    *,
+    bucket: Bucket | None = None,
+    fusion: Fusion = OWN,
+    cuda_graphs: bool = False,
+) -> Any:
+    """Return an onnxruntime ``InferenceSession`` on one graph, or what has its ``run``.
 
     Args:
         bucket: fixes the free dimensions of a graph that has them.
         fusion: what onnxruntime may make of it.
+        cuda_graphs: record runs, and replay them: see ``session_cuda``.
 
     Raises:
-        ProviderError: the provider is not available here.
+        ProviderError: the provider is not available here, or cannot run this graph.
         ArtifactError: onnxruntime cannot load the graph.
     """
     provider = resolve_provider(options.provider)
@@ -241,35 +280,51 @@ def open_graph(path: Path, options: EngineOptions, *, bucket: Bucket | None = No
     if provider in PLUGINS:
         settings.add_provider_for_devices(_devices(provider), dict(options.provider_options))
     else:
-        arguments["providers"] = [(provider, dict(options.provider_options))]
-    try:
-        engine = _start(path, settings, arguments)
-    except ArtifactError as error:
-        _check_options(path, provider, options.provider_options, error)
-        raise
-    if engine.get_providers()[0] != provider:
-        raise ProviderError(f"{provider} did not start; onnxruntime offered {engine.get_providers()} instead")
-    return engine
+        given = {**_EXACT.get(provider, {}), **options.provider_options}
+        arguments["providers"] = [(provider, {**given, "enable_cuda_graph": "1"} if cuda_graphs else given)]
+
+    def start() -> Any:
+        try:
+            session = _start(path, settings, arguments)
+        except ArtifactError as error:
+            _check_provider(path, provider, options.provider_options, error)
+            raise
+        if session.get_providers()[0] != provider:
+            raise ProviderError(f"{provider} did not start; onnxruntime offered {session.get_providers()} instead")
+        return session
+
+    if provider != CUDA:
+        return start()
+    _prepare_cuda()
+    return CudaEngine(start, device_id=int(options.provider_options.get("device_id", "0")))
 
 
-def _check_options(path: Path, provider: str, given: Mapping[str, str], cause: ArtifactError) -> None:
-    """Raise a ProviderError if a graph cannot be opened for an option that its provider does not have."""
-    if not given or provider in PLUGINS:
-        return
-    try:
-        plain = _start(path, onnxruntime.SessionOptions(), {"providers": [provider]})
-    except ArtifactError:
-        return  # the graph is at fault, or the provider
-    known = plain.get_provider_options().get(provider, {})
+def _check_provider(path: Path, provider: str, given: Mapping[str, str], cause: ArtifactError) -> None:
+    """Raise a ProviderError if a graph cannot be opened for its provider or the options, and not for itself."""
+
+    def opened_by(name: str) -> Any:
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        try:
+            return _start(path, settings, {"providers": [name]})
+        except ArtifactError:
+            return None
+
+    if provider == CPU or opened_by(CPU) is None:
+        return  # the graph is at fault
+    plain = opened_by(provider) if given and provider not in PLUGINS else None
+    known = {} if plain is None else plain.get_provider_options().get(provider, {})
     unknown = sorted(set(given) - set(known))
     if known and unknown:
         raise ProviderError(
             f"{provider} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"
         ) from cause
+    with_options = f" with {dict(given)}" if given else ""
+    raise ProviderError(f"{provider}{with_options} cannot open a graph that {CPU} can: {cause}") from cause
 
 
 # microsoft/onnxruntime#27916; without it threads spin for tens of milliseconds, unless they stop when a run ends
-_SPINS_FOR_A_TIME = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 26)
+_SPINS_FOR_A_TIME = _ONNXRUNTIME >= (1, 26)
 
 
 def _settings(options: EngineOptions, fusion: Fusion) -> Any:
@@ -306,6 +361,8 @@ _alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _keep_inherited() -> None:
+    global _cuda_stayed
+    _cuda_stayed = _cuda_stayed or _cuda_was_used
     for engine in _alive:
         for inherited in (engine, engine._sess):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
@@ -313,6 +370,28 @@ def _keep_inherited() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_inherited)
+
+
+_cuda_was_used = False
+_cuda_stayed = False  # whether a parent of this process had used CUDA before it forked
+
+
+def _prepare_cuda() -> None:
+    """Find the libraries that onnxruntime's CUDA provider needs, where NVIDIA's packages brought them.
+
+    Raises:
+        ProviderError: this process was forked from one that used CUDA.
+    """
+    global _cuda_was_used
+    if _cuda_stayed:
+        raise ProviderError(
+            "CUDA was used before this process was forked, and does not survive that; "
+            'start processes with "spawn", or load the model in them only, or use provider="auto"'
+        )
+    with _lock:
+        if not _cuda_was_used and hasattr(onnxruntime, "preload_dlls"):  # onnxruntime has it from 1.21 on
+            onnxruntime.preload_dlls()
+        _cuda_was_used = True
 
 
 _lock = threading.Lock()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -106,6 +109,18 @@ def tiny_bert(shared_folder: Path) -> Path:
     folder = shared_folder / "tiny-bert"
     with filelock.FileLock(f"{folder}.lock"):
         return folder if folder.exists() else save_tiny_bert(folder)
+
+
+@pytest.fixture(scope="session")
+def architectures() -> ModuleType:
+    """``scripts/architectures.py``, which builds a tiny random model of any type."""
+    spec = importlib.util.spec_from_file_location("architectures", ROOT / "scripts" / "architectures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

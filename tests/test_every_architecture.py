@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -59,15 +58,6 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("architectures", ROOT / "scripts" / "architectures.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["architectures"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     import torch
@@ -76,8 +66,8 @@ def one_thread() -> None:
 
 
 @pytest.mark.parametrize("model_type", SAME)
-def test_every_bucket_gives_unpadded_torchs_answer(script: ModuleType, tmp_path: Path, model_type: str) -> None:
-    found = script.examine(model_type, tmp_path)
+def test_every_bucket_gives_unpadded_torchs_answer(architectures: ModuleType, tmp_path: Path, model_type: str) -> None:
+    found = architectures.examine(model_type, tmp_path)
     assert (found.verdict, found.reason) == ("same", "")
     assert found.runs > 100
     assert found.difference <= 1e-4 * found.spread
@@ -95,9 +85,9 @@ def test_every_bucket_gives_unpadded_torchs_answer(script: ModuleType, tmp_path:
     ],
 )
 def test_linear_layers_on_lists_of_tokens_give_unpadded_torchs_answer(
-    script: ModuleType, tmp_path: Path, model_type: str, layers: int
+    architectures: ModuleType, tmp_path: Path, model_type: str, layers: int
 ) -> None:
-    script.save(*script.build(model_type), tmp_path)
+    architectures.save(*architectures.build(model_type), tmp_path)
     compiled = compile_model(Source(name=str(tmp_path)), CompileOptions(buckets=[6, 13], batch_sizes=[1, 3]))
     graph = Path(shutil.copytree(compiled.folder, tmp_path / "compiled")) / GRAPH
     model = load_graph(graph)
@@ -112,16 +102,16 @@ def test_linear_layers_on_lists_of_tokens_give_unpadded_torchs_answer(
 
 
 @pytest.mark.parametrize("model_type", LEAKS)
-def test_a_model_that_padding_changes_is_refused(script: ModuleType, tmp_path: Path, model_type: str) -> None:
-    found = script.examine(model_type, tmp_path)
+def test_a_model_that_padding_changes_is_refused(architectures: ModuleType, tmp_path: Path, model_type: str) -> None:
+    found = architectures.examine(model_type, tmp_path)
     assert found.verdict == "leaks"
     assert min(found.moved.values()) > 1e-3
     assert found.reason.startswith(("PaddingLeakError: padding changes what", "ExportError: torch itself fails"))
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_a_model_that_cannot_be_compiled_is_refused(script: ModuleType, tmp_path: Path, model_type: str) -> None:
-    found = script.examine(model_type, tmp_path)
+def test_a_model_that_cannot_be_compiled_is_refused(architectures: ModuleType, tmp_path: Path, model_type: str) -> None:
+    found = architectures.examine(model_type, tmp_path)
     assert (found.verdict, found.difference) == ("refused", None)
     assert REFUSED[model_type] in found.reason
 

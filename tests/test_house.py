@@ -21,7 +21,7 @@ ROOMS = (
     {"planner", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},
     {"encode", "session", "graph", "cache", "stats", "workers", "memory"},
-    {"facts", "probes", "machine", "describe", "session_openvino", "session_bound"},
+    {"facts", "probes", "machine", "describe", "session_openvino", "session_cuda"},
     {"session_ort", "costs"},
     {"preflight"},
     {"engines"},

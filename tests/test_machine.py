@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
@@ -343,32 +343,123 @@ def test_a_provider_that_is_a_plugin_is_registered_and_gets_its_devices(
     assert engine.get_providers() == ["CPUExecutionProvider"]
 
 
-def test_an_option_that_a_provider_does_not_have_is_refused_with_the_list(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Started:
-        """onnxruntime with a GPU."""
+class WithGpu:
+    """onnxruntime's ``InferenceSession`` where there is one GPU; it remembers what it was opened with."""
 
-        def __init__(self, path: str, settings: object, *, providers: list[Any], **arguments: object) -> None:
-            ((_, given),) = (entry if isinstance(entry, tuple) else (entry, {}) for entry in providers)
-            if "broken" in path or set(given) - {"device_id", "tunable_op_enable"}:
-                raise RuntimeError("Unknown provider option or broken graph")
+    KNOWN: ClassVar = {"device_id": "0", "tunable_op_enable": "0", "use_tf32": "1", "enable_cuda_graph": "0"}
+    opened: ClassVar[list[tuple[str, dict[str, str]]]] = []
+    partly = False  # whether a part of every graph stays on the CPU
 
-        def get_provider_options(self) -> dict[str, dict[str, str]]:
-            return {session_ort.CUDA: {"tunable_op_enable": "0", "device_id": "0"}}
+    def __init__(self, path: str, settings: object, *, providers: list[Any], **arguments: object) -> None:
+        ((name, given),) = (entry if isinstance(entry, tuple) else (entry, {}) for entry in providers)
+        if "broken" in path or (name == session_ort.CUDA and "too_large" in path):
+            raise RuntimeError("broken graph, or a large one")
+        if given.get("enable_cuda_graph") and self.partly:
+            raise RuntimeError("This session cannot use the graph capture feature: not all nodes are on CUDA")
+        if set(given) - set(self.KNOWN) or given.get("device_id", "0") != "0":
+            raise RuntimeError("unknown provider option, or no such device")
+        self.name, self._sess = name, object()
+        self.opened.append((name, given))
 
-        def get_providers(self) -> list[str]:
-            return [session_ort.CUDA]
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        return {self.name: self.KNOWN}
 
-    monkeypatch.setattr(session_ort, "installed_providers", lambda: [session_ort.CUDA])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Started)
-    options = EngineOptions(provider=session_ort.CUDA, provider_options={"device": "0", "device_id": "0"})
-    with pytest.raises(ProviderError, match=r"has no option device; it has device_id, tunable_op_enable"):
-        session_ort.open_graph(artifact.path(GRAPH), options)
+    def get_providers(self) -> list[str]:
+        return [self.name]
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> type[WithGpu]:
+    monkeypatch.setattr(session_ort, "installed_providers", lambda: [session_ort.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(session_ort, "_cuda_was_used", False)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", WithGpu)
+    monkeypatch.setattr(WithGpu, "opened", [])
+    return WithGpu
+
+
+def test_what_a_provider_cannot_do_is_not_put_down_to_the_graph(artifact: Artifact, with_gpu: type[WithGpu]) -> None:
+    def opened(path: Path, **options: str) -> Any:
+        return session_ort.open_graph(path, EngineOptions(provider=session_ort.CUDA, provider_options=options))
+
+    with pytest.raises(ProviderError, match=r"has no option device; it has device_id, enable_.*, tunable_op_enable"):
+        opened(artifact.path(GRAPH), device="0", device_id="0")
+    with pytest.raises(ProviderError, match=r"with \{'device_id': '9'\} cannot open a graph that CPU.* no such device"):
+        opened(artifact.path(GRAPH), device_id="9")
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider cannot open a graph that CPU.*or a large one"):
+        opened(Path("too_large.onnx"))
     with pytest.raises(ArtifactError, match=r"cannot be loaded by onnxruntime: .*broken graph"):
-        session_ort.open_graph(Path("broken.onnx"), options)
-    known = replace(options, provider_options={"device_id": "0"})
-    assert isinstance(session_ort.open_graph(artifact.path(GRAPH), known), Started)
+        opened(Path("broken.onnx"), device="0")
+    assert isinstance(opened(artifact.path(GRAPH), device_id="0").session, WithGpu)
+    with pytest.raises(ProviderError, match=r"device_id must be the number of a GPU, got 'first'"):
+        EngineOptions(provider=session_ort.CUDA, provider_options={"device_id": "first"})
+
+
+def test_cuda_computes_in_float32_and_records_its_runs_in_static_mode_only(
+    artifact: Artifact, with_gpu: type[WithGpu]
+) -> None:
+    shared = EngineOptions(provider=session_ort.CUDA, provider_options={"device_id": "0"})
+    session_ort.open_sessions(artifact, shared)
+    sessions = session_ort.open_sessions(artifact, replace(shared, mode="static"))
+    assert len(sessions) == len(artifact.manifest.ladder) > 1
+    session_ort.open_sessions(artifact, replace(shared, provider_options={"use_tf32": "1"}))
+    plain = {"use_tf32": "0", "device_id": "0"}
+    assert [given for _, given in with_gpu.opened] == [
+        plain,
+        {**plain, "enable_cuda_graph": "1"},  # one session for every bucket
+        {"use_tf32": "1"},
+    ]
+    with pytest.raises(ProviderError, match=r'enable_cuda_graph is what mode="static" does on CUDA; leave the option'):
+        replace(shared, provider_options={"enable_cuda_graph": "1"})
+
+
+def test_a_model_that_cuda_cannot_record_is_refused_in_static_mode_with_the_reason(
+    artifact: Artifact, with_gpu: type[WithGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = EngineOptions(provider=session_ort.CUDA, mode="static")
+
+    def refused(why: str) -> None:
+        with pytest.raises(ProviderError, match=rf'^in static mode, as CUDA graphs, {why}; use mode="shared"$'):
+            open_sessions(artifact, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(with_gpu, "partly", True)
+        refused("CUDAExecutionProvider cannot run this model, part of which stays on the CPU")
+    with monkeypatch.context() as patch:
+        patch.setattr(session_ort, "_ONNXRUNTIME", (1, 30))
+        patch.setattr(onnxruntime, "__version__", "1.30.2")
+        refused("CUDAExecutionProvider needs onnxruntime 1.31, here is 1.30.2")
+    assert open_sessions(artifact, options)
+    monkeypatch.setattr(session_ort, "_NOT_RECORDED", {b'"\x06MatMul': "MatMul"})  # as it lies in this graph
+    refused("CUDAExecutionProvider cannot run this model, which has the operator MatMul")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("used", [True, False])
+def test_after_a_fork_cuda_is_refused_if_the_parent_used_it(
+    artifact: Artifact, with_gpu: type[WithGpu], used: bool
+) -> None:
+    options = EngineOptions(provider=session_ort.CUDA)
+    if used:
+        session_ort.open_graph(artifact.path(GRAPH), options)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            session_ort.open_graph(artifact.path(GRAPH), options)
+            os.write(write, b"opened")
+        except ProviderError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as said:
+        expected = "CUDA was used before this process was forked" if used else "opened"
+        assert said.read().startswith(expected)
+    if used:
+        session_ort.open_graph(artifact.path(GRAPH), options)  # the parent goes on
 
 
 @pytest.mark.parametrize("provider", ["auto", "CPUExecutionProvider"])

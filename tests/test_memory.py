@@ -145,6 +145,17 @@ def test_more_workers_need_more(artifact: Artifact) -> None:
     assert both.sessions == 2 * four.sessions
 
 
+def test_on_cuda_static_mode_takes_what_shared_mode_does(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All buckets of one session have the weights once."""
+    monkeypatch.setattr("hf_bucket.session_ort.installed_providers", lambda: ["CUDAExecutionProvider", "other"])
+    modes = ("shared", "static")
+    options = EngineOptions(provider="CUDAExecutionProvider")
+    shared, static = (preflight.takes(artifact, replace(options, mode=mode)) for mode in modes)
+    assert static == shared
+    other = preflight.takes(artifact, EngineOptions(provider="other", mode="static"))
+    assert other.weights == (len(artifact.manifest.ladder) + 1) / 2 * shared.weights
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "1 GB"])
 def test_a_limit_that_is_none_is_refused(value: object) -> None:
     with pytest.raises(InputError, match="memory_bytes must be a number of bytes of at least 1"):

@@ -25,7 +25,7 @@ from hf_bucket.cache import cache_root
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.describe import describe_choice
-from hf_bucket.errors import ArtifactError, BucketWarning
+from hf_bucket.errors import ArtifactError, BucketWarning, ProviderError
 from hf_bucket.ladder import Bucket, make_ladder
 from hf_bucket.preflight import Choice, Trial, after_fork, choose_mode, choose_provider, provider_ratios, settle
 from hf_bucket.runner import Runner, RunOptions
@@ -97,6 +97,22 @@ def trial(bench: Bench, **options: object) -> Trial:
 
 
 # choosing
+
+
+def test_where_a_provider_has_no_static_mode_auto_is_shared_and_says_why(artifact: Artifact) -> None:
+    bench = Bench(0.5)
+
+    def shared_only(artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+        if options.mode == "static":
+            raise ProviderError("it cannot be recorded")
+        return bench(artifact, options)
+
+    for _ in range(2):  # nothing is kept: another version may run it
+        with pytest.warns(BucketWarning, match=r'^mode="auto" is shared: it cannot be recorded$'):
+            assert chosen(artifact, bench, engine=shared_only).mode == "shared"
+    assert bench.opened == [("shared", 3)] * 2
+    assert bench.closed == 6
+    assert chosen(artifact, bench).mode == "static"
 
 
 @settings(deadline=None)
