@@ -9,7 +9,6 @@ first texts one by one. A system's answers are compared with those of torch on t
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from record import circumstances, spread
+from record import circumstances, show, spread
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import hf_bucket
@@ -138,10 +137,7 @@ def main() -> None:
         "singles": arguments.singles,
         "systems": systems,
     }
-    print(json.dumps(result, indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result, arguments.output)
 
 
 if __name__ == "__main__":

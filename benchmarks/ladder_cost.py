@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import circumstances, spread
+from record import circumstances, show, spread
 
 _COMPILE = """
 import sys
@@ -90,10 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ladders = {"1 bucket": [128], "16 buckets": list(range(8, 129, 8))}
     result = {**circumstances(), "ladders": measure(arguments.model, ladders, arguments.rounds)}
-    print(json.dumps(result, indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ python benchmarks/overhead.py --model MODEL --data-dir GLUE --output benchmarks/
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from record import circumstances, spread
+from record import circumstances, show, spread
 
 from hf_bucket.artifact import Artifact
 from hf_bucket.batch import Array
@@ -115,10 +114,7 @@ def main() -> None:
         **measure(artifact, texts, arguments.rounds),
         "batch_of_one": run_overhead(artifact, 5 * arguments.rounds),
     }
-    print(json.dumps(result, indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import subprocess
@@ -53,6 +54,15 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_folders(one) for one in value]
     return value
+
+
+def show(result: Mapping[str, Any], output: Path | None) -> None:
+    """Print a result as JSON, and write it to a file if one is given."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

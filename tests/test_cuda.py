@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import text_of
+from promises import LATE_S, answer_of_a_child, check_sixteen_threads, logits
 from pyarrow.parquet import read_table
 from test_every_architecture import SAME
 
@@ -33,7 +31,6 @@ if CUDA not in onnxruntime.get_available_providers():
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2, 30)]
-LATE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +47,6 @@ def plain(compiled: Artifact) -> np.ndarray:
 
 def load(artifact: Artifact, **options: Any) -> hf_bucket.runner.Runner:
     return hf_bucket.load(artifact.folder, provider=CUDA, **options)
-
-
-def logits(runner: Any, texts: list[str]) -> np.ndarray:
-    return np.stack([row["logits"] for row in runner(texts)])
 
 
 @pytest.mark.parametrize("mode", ["shared", "static", "auto"])
@@ -138,21 +131,7 @@ def test_a_text_longer_than_any_bucket_runs_at_its_own_length(compiled: Artifact
 @pytest.mark.parametrize("mode", ["shared", "static"])
 def test_sixteen_threads_get_the_sequential_answers(compiled: Artifact, plain: np.ndarray, mode: str) -> None:
     runner = load(compiled, mode=mode)
-
-    def ask(number: int) -> None:
-        which = pickle.loads(pickle.dumps(runner)) if number % 30 == 0 else runner
-        chosen = [number % len(TEXTS), (number * 3 + 1) % len(TEXTS)]
-        np.testing.assert_allclose(logits(which, [TEXTS[one] for one in chosen]), plain[chosen], atol=1e-5)
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(ask, range(90)))
-
-
-def _answer(runner: Any, queue: Any) -> None:
-    try:
-        queue.put(logits(runner, TEXTS))
-    except ProviderError as error:
-        queue.put(str(error))
+    check_sixteen_threads(runner, TEXTS, plain)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -161,17 +140,11 @@ def test_a_child_process_opens_sessions_of_its_own_or_says_why_it_cannot(
 ) -> None:
     runner = load(compiled, mode="static")
     runner(TEXTS)
-    context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
-    child = context.Process(target=_answer, args=(runner, queue))
-    child.start()
-    got = queue.get()
+    got = answer_of_a_child(runner, TEXTS, method)
     if method == "fork":
         assert "CUDA was used before this process was forked" in got
     else:
         np.testing.assert_allclose(got, plain, atol=1e-5)
-    child.join(LATE_S)
-    assert child.exitcode == 0
 
 
 def test_nothing_but_onnxruntime_is_needed_to_find_cuda(compiled: Artifact) -> None:

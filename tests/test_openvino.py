@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import text_of
+from promises import answer_of_a_child, check_sixteen_threads, logits
 
 import hf_bucket
 from hf_bucket import session_ort
@@ -25,7 +23,6 @@ pytest.importorskip("openvino", reason='openvino is not installed; pip install "
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2, 30)]
-LATE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +39,6 @@ def plain(compiled: Artifact) -> np.ndarray:
 
 def load(artifact: Artifact, **options: Any) -> hf_bucket.runner.Runner:
     return hf_bucket.load(artifact.folder, provider=OPENVINO, **options)
-
-
-def logits(runner: Any, texts: list[str]) -> np.ndarray:
-    return np.stack([row["logits"] for row in runner(texts)])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -69,21 +62,7 @@ def test_a_text_longer_than_any_bucket_runs_at_its_own_length(compiled: Artifact
 
 def test_sixteen_threads_get_the_sequential_answers(compiled: Artifact, plain: np.ndarray) -> None:
     runner = load(compiled, workers=2)
-
-    def ask(number: int) -> None:
-        which = pickle.loads(pickle.dumps(runner)) if number % 30 == 0 else runner
-        chosen = [number % len(TEXTS), (number * 3 + 1) % len(TEXTS)]
-        np.testing.assert_allclose(logits(which, [TEXTS[one] for one in chosen]), plain[chosen], atol=1e-5)
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(ask, range(90)))
-
-
-def _answer(runner: Any, queue: Any) -> None:
-    try:
-        queue.put(logits(runner, TEXTS))
-    except ProviderError as error:
-        queue.put(str(error))
+    check_sixteen_threads(runner, TEXTS, plain)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -92,17 +71,11 @@ def test_a_child_process_opens_sessions_of_its_own_or_says_why_it_cannot(
 ) -> None:
     runner = load(compiled)
     runner(TEXTS)
-    context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
-    child = context.Process(target=_answer, args=(runner, queue))
-    child.start()
-    got = queue.get()
+    got = answer_of_a_child(runner, TEXTS, method)
     if method == "fork":  # OpenVINO's threads do not survive it
         assert "OpenVINO was used before this process was forked" in got
     else:
         np.testing.assert_allclose(got, plain, atol=1e-5)
-    child.join(LATE_S)
-    assert child.exitcode == 0
 
 
 def test_int8_does_not_depend_on_neighbours_here_either(tiny_bert: Path) -> None:
