@@ -69,10 +69,14 @@ class Costs:
 
     @property
     def quick(self) -> frozenset[Bucket]:
-        """Buckets whose run takes no longer on one thread than on every core: measured both ways, not predicted."""
-        return frozenset(
-            bucket for bucket, value in self.alone.items() if self.seconds.get(bucket, float("inf")) <= value
-        )
+        """Buckets whose run takes no longer on one thread than on every core: measured both ways, not predicted.
+
+        More cores are worth more the more there is to do: where a smaller bucket gains from them, a larger one that did
+        not was measured at a busy moment.
+        """
+        both = {bucket: self.seconds[bucket] <= value for bucket, value in self.alone.items() if bucket in self.seconds}
+        gains = min((bucket.cells for bucket, quick in both.items() if not quick), default=float("inf"))
+        return frozenset(bucket for bucket, quick in both.items() if quick and bucket.cells < gains)
 
     def of(self, ladder: Ladder) -> dict[Bucket, float]:
         """Return the cost of every bucket of a ladder, none less than that of a bucket it could stand in for."""

@@ -114,6 +114,13 @@ def test_a_single_request_takes_one_thread_only_where_every_core_is_no_faster() 
     assert Costs(seconds={LARGE: 1.0}, alone={SMALL: 0.5}).quick == frozenset(), "nobody knows"
 
 
+def test_a_bucket_larger_than_one_that_gains_from_every_core_gains_too_whatever_a_busy_moment_showed() -> None:
+    by_length = {length: Bucket(batch_size=1, extent=(length,)) for length in (8, 16, 32, 64)}
+    seconds = {by_length[8]: 1.0, by_length[16]: 2.0, by_length[32]: 4.0, by_length[64]: 8.0}
+    alone = {by_length[8]: 1.1, by_length[16]: 1.5, by_length[32]: 4.4, by_length[64]: 5.0}
+    assert Costs(seconds=seconds, alone=alone).quick == {by_length[8]}
+
+
 @pytest.mark.parametrize(
     ("one_thread_s", "every_core_s", "taken"),
     [pytest.param(0.01, 0.02, 1, id="one thread"), pytest.param(0.02, 0.01, 0, id="every core")],
