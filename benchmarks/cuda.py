@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from record import circumstances, show, spread
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -129,9 +128,8 @@ def main() -> None:
     expected = Torch(arguments.model, "cpu", 1)(pairs)
     systems = measure(open_systems(arguments.model), pairs, expected, arguments.rounds, arguments.singles)
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    result = circumstances()
-    result["versions"]["onnxruntime"] = onnxruntime.__version__  # of whatever package brought it
-    result |= {
+    result = {
+        **circumstances(),
         "gpu": subprocess.run(query, check=True, stdout=subprocess.PIPE, text=True).stdout.strip(),
         "texts": len(pairs),
         "singles": arguments.singles,

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, variant_name
 from hf_bucket.cache import any_ladder, in_cache, model_key
@@ -443,7 +444,8 @@ def _versions() -> dict[str, str]:
     found = {}
     for package in ("hf-bucket", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"):
         try:
-            found[package] = version(package)
+            # its own word for its version: the package has other names, such as onnxruntime-gpu
+            found[package] = onnxruntime.__version__ if package == "onnxruntime" else version(package)
         except PackageNotFoundError:
             continue
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, measured_once
 from hf_bucket.preflight import Trial, after_fork, settle
 from hf_bucket.session import Session
-from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, resolve_provider, versioned
+from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, named
 from hf_bucket.workers import Workers
 
 _ONE = Workers(1)
@@ -165,7 +164,5 @@ class Engines:
 def costs_path(artifact: Artifact, engine: EngineOptions) -> Path:
     """Return the file of this machine's cache for what buckets of a model cost; all ladders of a model share it."""
     many = engine.for_many_batches()
-    options = hashlib.sha256(repr(sorted(engine.provider_options.items())).encode()).hexdigest()[:8]
-    provider = f"{versioned(resolve_provider(engine.provider))}{f'-{options}' if engine.provider_options else ''}"
-    name = f"{provider}-{engine.mode}-{many.threads}x{many.workers}.json"
+    name = f"{named(engine)}-{engine.mode}-{many.threads}x{many.workers}.json"
     return machine_folder(artifact.graph_sha256()) / name

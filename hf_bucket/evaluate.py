@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import onnxruntime
 
 from hf_bucket.errors import DataError, InputError
 from hf_bucket.machine import usable_cores
@@ -350,7 +351,8 @@ def installed_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = version(package)
+            # its own word for its version: the package has other names, such as onnxruntime-gpu
+            versions[package] = onnxruntime.__version__ if package == "onnxruntime" else version(package)
         except PackageNotFoundError:
             continue
     return versions

@@ -114,14 +114,21 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def _gpus(driver: Path) -> list[str]:
+    """Return the names of NVIDIA's GPUs, as its driver for Linux has them."""
+    files = sorted(driver.glob("gpus/*/information"))
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+
+
 @lru_cache(maxsize=1)
 def machine_key() -> str:
-    """Return a key that changes with the type of CPU, what it can do, and the version of onnxruntime."""
+    """Return a key that changes with the type of CPU, what it can do, NVIDIA's GPUs, and the version of onnxruntime."""
     import onnxruntime  # its own word for its version: the package has other names, such as onnxruntime-gpu
 
     info = _cpuinfo()
     features = info.get("flags", info.get("Features", ""))
-    facts = [platform.machine(), processor(), features, onnxruntime.__version__]
+    facts = [platform.machine(), processor(), features, onnxruntime.__version__, *_gpus(Path("/proc/driver/nvidia"))]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
 
 

@@ -30,6 +30,7 @@ from hf_bucket.session_ort import (
     EngineOptions,
     Mode,
     auto_providers,
+    named,
     open_sessions,
     resolve_provider,
     versioned,
@@ -350,7 +351,7 @@ def choose_mode(artifact: Artifact, options: EngineOptions, trial: Trial) -> Cho
     """Return which mode is faster here and fits; what was measured stays in this machine's cache."""
     static = takes(artifact, replace(options, mode="static")).total
     choice = Choice(seconds={}, static_bytes=static, available=trial.available)
-    path = _figures(artifact, options, f"{versioned(resolve_provider(options.provider))}-modes")
+    path = _figures(artifact, options, f"{named(options)}-modes")
 
     def measured() -> Seconds:
         seconds = _compare_modes(artifact, options, trial)

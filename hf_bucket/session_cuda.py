@@ -7,19 +7,22 @@ everything is done by one thread, whoever asks: opening sessions, running them, 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnxruntime
 
 from hf_bucket.batch import Array
+from hf_bucket.errors import ProviderError
 from hf_bucket.ladder import Bucket
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -61,11 +64,19 @@ class _Gpu:
     def _begin(self) -> None:
         self._lock = threading.Lock()  # of starting and ending the thread
         self._thread: threading.Thread | None = None
-        self._tasks: SimpleQueue[_Task] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task] = SimpleQueue()  # while there is no thread, only of what was dropped
         self._in_use: set[_Held] = set()
+        self._ending = False
 
     def call(self, held: _Held, function: Callable[..., _Result], *arguments: object) -> _Result:
-        """Return what a function returns on the thread; from now on its engine is in use."""
+        """Return what a function returns on the thread; from now on its engine is in use.
+
+        Raises:
+            ProviderError: the engine is a parent process's, or the interpreter is exiting.
+        """
+        if self._ending or self._is_inherited(held):
+            why = "the interpreter exits" if self._ending else "it belongs to the process this one was forked from"
+            raise ProviderError(f"CUDA cannot run this model any more: {why}")
 
         def use() -> _Result:
             self._in_use.add(held)
@@ -75,11 +86,16 @@ class _Gpu:
 
     def release(self, held: _Held) -> None:
         """Let go of what an engine has for its runs, until it is used again, and end the thread if none is in use."""
+        if self._ending or self._is_inherited(held) or not (held.bound or held in self._in_use):
+            return
 
         def unuse() -> None:
-            self._in_use.discard(held)
             held.bound.clear()
+            self._in_use.discard(held)
 
+        if threading.current_thread() is self._thread:  # something that was garbage closes it
+            self._tasks.put((unuse, None))
+            return
         thread = self._do(unuse)[1]
         if self._thread is not thread:  # it has decided to end
             thread.join()
@@ -89,36 +105,48 @@ class _Gpu:
 
         The garbage collector calls this at any point of any thread, locks held: it may wait for none.
         """
-        if any(held in in_use for in_use, _ in self._inherited):
+        if self._is_inherited(held):
             return
 
         def forget() -> None:
-            self._in_use.discard(held)
             held.clear()
+            self._in_use.discard(held)
 
         self._tasks.put((forget, None))
-        if self._thread is None and self._lock.acquire(blocking=False):
-            try:
-                while not self._tasks.empty():
-                    self._tasks.get()[0]()
-            finally:
-                self._lock.release()
+        self._sweep()
+
+    def end(self) -> None:
+        """End the thread, before the interpreter does: whoever waited for it then would wait for ever."""
+        self._ending, thread = True, self._thread
+        if thread is not None and thread.is_alive():
+            self._tasks.put((lambda: None, None))
+            thread.join(_PATIENCE_S)
 
     def leave_parent(self) -> None:
         """In a forked child, never touch what the parent has on the GPU: its thread stayed there."""
         self._inherited.append((self._in_use, self._tasks))
         self._begin()
 
+    def _is_inherited(self, held: _Held) -> bool:
+        return any(held in in_use for in_use, _ in self._inherited)
+
     def _do(self, function: Callable[[], _Result]) -> tuple[_Result, threading.Thread]:
         """Return what a function returns on the thread, and the thread."""
+        thread = threading.current_thread()
+        if thread is self._thread:
+            return function(), thread
         future: Future[_Result] = Future()
         with self._lock:
-            self._tasks.put((function, future))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="hf_bucket", daemon=True)
-                self._thread.start()
+                started = threading.Thread(target=self._work, name="hf_bucket", daemon=True)
+                started.start()
+                self._thread = started
             thread = self._thread
-        return future.result(), thread
+            self._tasks.put((function, future))
+        try:
+            return future.result(), thread
+        finally:
+            del function, future  # an exception has a traceback with this frame
 
     def _work(self) -> None:
         """Do one task after another until no engine is in use."""
@@ -130,16 +158,42 @@ class _Gpu:
                 result = function()
             except BaseException as raised:  # noqa: BLE001 - it is raised where the result is waited for
                 error = raised
-            if not self._in_use:
+                _forget_locals(raised)
+            if self._ending or not self._in_use:
                 with self._lock:
-                    if self._tasks.empty():
+                    if self._ending or self._tasks.empty():
                         self._thread, goes_on = None, False
             if future is not None:
                 future.set_result(result) if error is None else future.set_exception(error)
             del function, future, result, error  # nothing is kept while there is nothing to do
+        if not self._ending:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Let go of what was dropped while there is no thread; if another thread is at it, that one does."""
+        while self._thread is None and not self._tasks.empty() and self._lock.acquire(blocking=False):
+            try:
+                while self._thread is None:
+                    self._tasks.get_nowait()[0]()
+            except Empty:
+                pass
+            finally:
+                self._lock.release()
+
+
+_PATIENCE_S = 5.0  # for a run to end, when the interpreter does
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Let go, on this thread, of sessions and buffers half made that an exception's traceback holds."""
+    chain: list[BaseException] = [error]
+    for one in chain:
+        traceback.clear_frames(one.__traceback__)
+        chain += [before for before in (one.__cause__, one.__context__) if before and before not in chain]
 
 
 _gpu = _Gpu()
+atexit.register(lambda: _gpu.end())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _gpu.leave_parent())
 
@@ -156,7 +210,11 @@ class CudaEngine:
     def __init__(self, make: Callable[[], Any], device: str = "cuda", device_id: int = 0) -> None:
         self._held, self._place = _Held(), (device, device_id)
         weakref.finalize(self, _gpu.drop, self._held).atexit = False
-        self._held.session = _gpu.call(self._held, make)
+        try:
+            self._held.session = _gpu.call(self._held, make)
+        except BaseException:
+            _gpu.drop(self._held)
+            raise
 
     @property
     def session(self) -> Any:
@@ -209,9 +267,9 @@ class CudaEngine:
         return _Bound(inputs, outputs, binding, options)
 
     def close(self) -> None:
-        """Let go of buffers and CUDA graphs, and end the thread if no other engine is in use.
+        """Let go of buffers, and end the thread if no other engine is in use.
 
-        The weights go with the engine; a run before that makes again what it needs.
+        Weights and CUDA graphs go with the engine; a run before that records anew.
         """
         _gpu.release(self._held)
 

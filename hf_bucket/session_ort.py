@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -67,7 +69,7 @@ class EngineOptions:
         threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
             one for each of many batches that run at once.
         workers: batches of one request that run at once; 0 means as many as the cores allow, and on a provider other
-            than the CPU's one.
+            than the CPU's one. On CUDA there are no more.
     """
 
     mode: Mode = "shared"
@@ -87,6 +89,8 @@ class EngineOptions:
             )
         if self.provider == CUDA and "enable_cuda_graph" in self.provider_options:
             raise ProviderError('enable_cuda_graph is what mode="static" does on CUDA; leave the option out')
+        if self.provider == CUDA and isinstance(self.workers, int) and self.workers > 1:
+            raise ProviderError(f"CUDA runs one batch after another; leave workers out, which was {self.workers}")
         if self.provider == CUDA and not str(self.provider_options.get("device_id", "0")).isdecimal():
             raise ProviderError(f"device_id must be the number of a GPU, got {self.provider_options['device_id']!r}")
         for name, zero in (("threads", "every core"), ("workers", "as many as the cores allow")):
@@ -290,7 +294,8 @@ def open_graph(
             _check_provider(path, provider, options.provider_options, error)
             raise
         if session.get_providers()[0] != provider:
-            raise ProviderError(f"{provider} did not start; onnxruntime offered {session.get_providers()} instead")
+            found, hint = session.get_providers(), '; "onnxruntime-gpu[cuda,cudnn]" has what it needs'
+            raise ProviderError(f"{provider} did not start: {found} did{hint if provider == CUDA else ''}")
         return session
 
     if provider != CUDA:
@@ -305,16 +310,17 @@ def _check_provider(path: Path, provider: str, given: Mapping[str, str], cause: 
     def opened_by(name: str) -> Any:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
+        device = {key: value for key, value in given.items() if key == "device_id" and name == CUDA}
         try:
-            return _start(path, settings, {"providers": [name]})
+            return _start(path, settings, {"providers": [(name, device)]})
         except ArtifactError:
             return None
 
     if provider == CPU or opened_by(CPU) is None:
         return  # the graph is at fault
     plain = opened_by(provider) if given and provider not in PLUGINS else None
-    known = {} if plain is None else plain.get_provider_options().get(provider, {})
-    unknown = sorted(set(given) - set(known))
+    known = set() if plain is None else set(plain.get_provider_options().get(provider, ())) - {"enable_cuda_graph"}
+    unknown = sorted(set(given) - known)
     if known and unknown:
         raise ProviderError(
             f"{provider} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"
@@ -361,8 +367,8 @@ _alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _keep_inherited() -> None:
-    global _cuda_stayed
-    _cuda_stayed = _cuda_stayed or _cuda_was_used
+    global _cuda_stayed, _lock
+    _cuda_stayed, _lock = _cuda_stayed or _cuda_was_used, threading.Lock()
     for engine in _alive:
         for inherited in (engine, engine._sess):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
@@ -385,13 +391,14 @@ def _prepare_cuda() -> None:
     global _cuda_was_used
     if _cuda_stayed:
         raise ProviderError(
-            "CUDA was used before this process was forked, and does not survive that; "
+            "CUDA was used before this process was forked, or tried, and does not survive that; "
             'start processes with "spawn", or load the model in them only, or use provider="auto"'
         )
     with _lock:
-        if not _cuda_was_used and hasattr(onnxruntime, "preload_dlls"):  # onnxruntime has it from 1.21 on
-            onnxruntime.preload_dlls()
-        _cuda_was_used = True
+        first, _cuda_was_used = not _cuda_was_used, True
+        if first and hasattr(onnxruntime, "preload_dlls"):  # onnxruntime has it from 1.21 on
+            with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+                onnxruntime.preload_dlls()
 
 
 _lock = threading.Lock()
@@ -445,6 +452,12 @@ def versioned(provider: str) -> str:
         return f"{provider}-{version(_PACKAGES[provider])}" if provider in _PACKAGES else provider
     except PackageNotFoundError:  # it is not installed, or not by pip: nobody knows its version
         return provider
+
+
+def named(options: EngineOptions) -> str:
+    """Return a name of the provider and its options, for what was measured with them."""
+    given = hashlib.sha256(repr(sorted(options.provider_options.items())).encode()).hexdigest()[:8]
+    return f"{versioned(resolve_provider(options.provider))}{f'-{given}' if options.provider_options else ''}"
 
 
 def auto_providers() -> list[str]:

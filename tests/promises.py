@@ -32,20 +32,23 @@ def check_sixteen_threads(runner: Any, texts: Sequence[str], expected: np.ndarra
         list(pool.map(ask, range(90)))
 
 
-def _answer(runner: Any, texts: Sequence[str], queue: Any) -> None:
+def _answer(runner: Any, texts: Sequence[str], end: Any) -> None:
     try:
-        queue.put(logits(runner, texts))
+        end.send(logits(runner, texts))
     except ProviderError as error:
-        queue.put(str(error))
+        end.send(str(error))
 
 
 def answer_of_a_child(runner: Any, texts: Sequence[str], method: str) -> np.ndarray | str:
     """Return what a child process computes with the runner, or why it cannot."""
     context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
-    child = context.Process(target=_answer, args=(runner, texts, queue))
+    ours, childs = context.Pipe()
+    child = context.Process(target=_answer, args=(runner, texts, childs))
     child.start()
-    got: np.ndarray | str = queue.get()
+    if not ours.poll(LATE_S):
+        child.kill()
+        raise TimeoutError(f"a child that was made by {method} says nothing")
+    got: np.ndarray | str = ours.recv()
     child.join(LATE_S)
     assert child.exitcode == 0
     return got

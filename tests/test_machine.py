@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -382,7 +383,7 @@ def test_what_a_provider_cannot_do_is_not_put_down_to_the_graph(artifact: Artifa
     def opened(path: Path, **options: str) -> Any:
         return session_ort.open_graph(path, EngineOptions(provider=session_ort.CUDA, provider_options=options))
 
-    with pytest.raises(ProviderError, match=r"has no option device; it has device_id, enable_.*, tunable_op_enable"):
+    with pytest.raises(ProviderError, match=r"has no option device; it has device_id, tunable_op_enable, use_tf32$"):
         opened(artifact.path(GRAPH), device="0", device_id="0")
     with pytest.raises(ProviderError, match=r"with \{'device_id': '9'\} cannot open a graph that CPU.* no such device"):
         opened(artifact.path(GRAPH), device_id="9")
@@ -391,6 +392,8 @@ def test_what_a_provider_cannot_do_is_not_put_down_to_the_graph(artifact: Artifa
     with pytest.raises(ArtifactError, match=r"cannot be loaded by onnxruntime: .*broken graph"):
         opened(Path("broken.onnx"), device="0")
     assert isinstance(opened(artifact.path(GRAPH), device_id="0").session, WithGpu)
+    with pytest.raises(ProviderError, match=r"CUDA runs one batch after another; leave workers out, which was 2"):
+        EngineOptions(provider=session_ort.CUDA, workers=2)
     with pytest.raises(ProviderError, match=r"device_id must be the number of a GPU, got 'first'"):
         EngineOptions(provider=session_ort.CUDA, provider_options={"device_id": "first"})
 
@@ -411,6 +414,20 @@ def test_cuda_computes_in_float32_and_records_its_runs_in_static_mode_only(
     ]
     with pytest.raises(ProviderError, match=r'enable_cuda_graph is what mode="static" does on CUDA; leave the option'):
         replace(shared, provider_options={"enable_cuda_graph": "1"})
+
+
+def test_what_was_measured_on_one_gpu_is_not_used_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate(("NVIDIA B100", "NVIDIA A10")):
+        (tmp_path / "gpus" / f"0000:0{number}").mkdir(parents=True)
+        information = tmp_path / "gpus" / f"0000:0{number}" / "information"
+        information.write_text(f"Model: \t\t {name}\nIRQ:   \t\t 50\n", encoding="utf-8")
+    assert machine._gpus(tmp_path) == ["NVIDIA B100", "NVIDIA A10"]
+    assert machine._gpus(tmp_path / "none") == []
+    keys = []
+    for gpus in ([], ["NVIDIA B100"]):
+        monkeypatch.setattr(machine, "_gpus", lambda driver, gpus=gpus: gpus)
+        keys.append(machine.machine_key.__wrapped__())
+    assert keys[0] != keys[1]
 
 
 def test_a_model_that_cuda_cannot_record_is_refused_in_static_mode_with_the_reason(
@@ -453,7 +470,10 @@ def test_after_a_fork_cuda_is_refused_if_the_parent_used_it(
             os.write(write, str(error).encode())
         finally:
             os._exit(0)
+    late = threading.Timer(60.0, os.kill, (child, signal.SIGKILL))
+    late.start()
     os.waitpid(child, 0)
+    late.cancel()
     os.close(write)
     with os.fdopen(read) as said:
         expected = "CUDA was used before this process was forked" if used else "opened"

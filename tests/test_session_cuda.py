@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from conftest import text_of
 import hf_bucket.session_cuda as room
 from hf_bucket.artifact import GRAPH, Artifact
 from hf_bucket.compile import CompileOptions, compile_model
+from hf_bucket.errors import ProviderError
 from hf_bucket.ladder import Bucket
 from hf_bucket.runner import Runner
 from hf_bucket.session_cuda import CudaEngine, RecordedSession
@@ -35,6 +39,7 @@ TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2)]
 def of_this_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that engines of other tests do not keep alive."""
     monkeypatch.setattr(room, "_gpu", room._Gpu())
+    monkeypatch.setattr(Recorder, "lives", [])
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +55,15 @@ class Recorder:
 
     busy = threading.Lock()
 
+    lives: ClassVar[list[threading.Thread]] = []  # threads that opened a session or let go of one
+
     def __init__(self, session: Any) -> None:
+        self.lives.append(threading.current_thread())
         self.session = session
         self.graphs: dict[tuple[threading.Thread, str], Any] = {}
+
+    def __del__(self) -> None:
+        self.lives.append(threading.current_thread())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
@@ -121,6 +132,7 @@ def test_results_stay_when_the_buffer_is_used_again(compiled: Artifact) -> None:
     before = kept.copy()
     session.run({**first, "input_ids": np.full((1, 8), 7)})
     np.testing.assert_array_equal(kept, before)
+    assert all((array == 1).all() for array in first.values()), "the buffers are not the caller's arrays"
 
 
 def feed(bucket: Bucket, number: int) -> dict[str, np.ndarray]:
@@ -182,20 +194,132 @@ def test_the_thread_goes_with_the_last_engine_also_without_close(compiled: Artif
     thread.join(LATE_S)
     assert not thread.is_alive()
     assert sessions[1]() is None
+    assert set(Recorder.lives) == {thread}
+    assert len(Recorder.lives) == 4
 
 
-def test_an_engine_that_cannot_be_opened_leaves_nothing(compiled: Artifact) -> None:
+def test_a_closed_engine_holds_no_buffers_and_goes_without_a_thread(
+    compiled: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = list(recorded(compiled).values())
+    engine = sessions[0].engine
+    for session in sessions:
+        session.run(feed(session.bucket, 1))
+    running = room._gpu._thread
+    assert len(engine._held.bound) == len(sessions) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(room._gpu, "_sweep", lambda: time.sleep(0.3))  # the last that the thread does
+        sessions[0].close()
+    assert not engine._held.bound
+    assert not running.is_alive()
+    with monkeypatch.context() as patch:  # there is nothing to do for the others
+        patch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread for nothing"))
+        for session in sessions:
+            session.close()
+        inner = weakref.ref(engine.session.session)
+        del engine, session
+        sessions.clear()
+        assert inner() is None
+    assert room._gpu._tasks.empty()
+
+
+def test_what_a_failed_opening_leaves_is_let_go_of_at_once_by_the_thread() -> None:
     def fail() -> None:
-        raise ValueError("no such graph")
+        half = Recorder(None)
+        try:
+            half.session.run()
+        except AttributeError as error:
+            raise ValueError("no such graph") from error
 
-    before = set(threading.enumerate())
-    with pytest.raises(ValueError, match="no such graph"):
-        CudaEngine(fail, "cpu")
-    gc.collect()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(LATE_S)
-    assert room._gpu._thread is None
-    assert not room._gpu._in_use
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="no such graph") as caught:
+            CudaEngine(fail, "cpu")
+        opened, let_go = Recorder.lives
+        assert opened is let_go is not threading.current_thread()
+        opened.join(LATE_S)
+        assert not opened.is_alive()
+        assert room._gpu._thread is None
+        assert isinstance(caught.value.__cause__, AttributeError)
+    finally:
+        gc.enable()
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(compiled: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            open_engine(compiled)
+    bucket = compiled.manifest.ladder.buckets[0]
+    assert open_engine(compiled).run_recorded(bucket, feed(bucket, 1))["logits"].shape == (1, 2)
+
+
+def test_what_the_thread_itself_asks_does_not_wait_for_it(compiled: Artifact) -> None:
+    engine, other = open_engine(compiled), open_engine(compiled)
+    bucket = compiled.manifest.ladder.buckets[0]
+    expected = other.run_recorded(bucket, feed(bucket, 1))["logits"]
+
+    def asks() -> np.ndarray:
+        other.close()  # as garbage that holds a runner may
+        return other.run_recorded(bucket, feed(bucket, 1))["logits"]
+
+    np.testing.assert_array_equal(room._gpu.call(engine._held, asks), expected)
+    assert not other._held.bound or other._held not in room._gpu._in_use  # it was closed after what was asked
+
+
+def test_garbage_that_comes_as_the_thread_ends_is_let_go_of(compiled: Artifact) -> None:
+    engine, closed = open_engine(compiled), open_engine(compiled)
+    closed.close()
+    gone = weakref.ref(closed.session.session)
+    waiting = [closed]
+    del closed
+
+    class Late:
+        """The queue, at the worst moment."""
+
+        def __init__(self, queue: Any) -> None:
+            self.queue = queue
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.queue, name)
+
+        def empty(self) -> bool:
+            found = self.queue.empty()
+            waiting.clear()
+            return found
+
+    room._gpu._tasks = Late(room._gpu._tasks)
+    thread = room._gpu._thread
+    engine.close()
+    thread.join(LATE_S)
+    assert gone() is None
+    assert room._gpu._tasks.empty()
+
+
+@pytest.mark.parametrize("how", ["deleted at the end", "left open", "closed at exit"])
+def test_the_interpreter_exits_whatever_was_left_open(compiled: Artifact, how: str) -> None:
+    program = """
+import atexit, sys
+from pathlib import Path
+from hf_bucket.session_cuda import CudaEngine
+from hf_bucket.session_ort import EngineOptions, open_graph
+
+class Owner:
+    closes = sys.argv[2] == "deleted at the end"
+    def __init__(self): self.engine = CudaEngine(lambda: open_graph(Path(sys.argv[1]), EngineOptions()), "cpu")
+    def __del__(self):
+        if self.closes: self.engine.close()
+
+owner = Owner()
+if sys.argv[2] == "closed at exit": atexit.register(owner.engine.close)
+print("done", flush=True)
+"""
+    command = [sys.executable, "-c", program, str(compiled.path(GRAPH)), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LATE_S)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -208,6 +332,9 @@ def test_a_forked_child_leaves_its_parents_engines_alone_and_has_its_own(compile
         status = 1
         try:
             inherited = engine._held
+            engine.close()
+            with pytest.raises(ProviderError, match="it belongs to the process this one was forked from"):
+                engine.run_recorded(bucket, feed(bucket, 1))
             del engine
             gc.collect()
             own = open_engine(compiled).run_recorded(bucket, feed(bucket, 1))["logits"]
