@@ -145,4 +145,9 @@ def test_the_readme_shows_the_charts_and_links_to_what_there_is() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert sum(target.endswith(".png") for target in targets) >= 2
-    assert all((ROOT / target).is_file() for target in targets), targets
+    for page, _, section in (target.partition("#") for target in targets):
+        assert (ROOT / page).is_file(), page
+        if section:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert section in names
