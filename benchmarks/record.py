@@ -8,14 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import onnxruntime
-
-from hf_bucket.machine import usable_cores
+from hf_bucket.machine import package_version, usable_cores
 
 # A folder of this machine: nothing that is written down may name one.
 _FOLDERS = re.compile(r"(?<![\w.:/~…-])(?:~|[A-Za-z]:)?[\\/](?:[\w.+@-]+[\\/])+(?=[\w.+@-])")
@@ -30,14 +27,9 @@ def circumstances() -> dict[str, Any]:
         "processor": _processor(),
         "usable_cores": usable_cores(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: package_version(package) for package in PACKAGES},
         "commit": _commit(),
     }
-
-
-def _version(package: str) -> str:
-    """Return a package's version; onnxruntime's is its own word, since the package has other names."""
-    return str(onnxruntime.__version__) if package == "onnxruntime" else version(package)
 
 
 def _commit() -> str:

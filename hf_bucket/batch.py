@@ -114,3 +114,8 @@ _POOLS: Mapping[Pool, Callable[[Array], Array]] = {
     "max": lambda windows: windows.max(axis=0),
     "first": lambda windows: windows[0],
 }
+
+
+def in_float32(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return outputs with half precision as float32."""
+    return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in outputs.items()}

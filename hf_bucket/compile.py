@@ -8,11 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, link_files, open_artifact, variant_name
 from hf_bucket.cache import any_ladder, in_cache, model_key
@@ -30,6 +29,7 @@ from hf_bucket.fusions import FUSIONS
 from hf_bucket.graph import adopt, load_graph, save_graph
 from hf_bucket.histogram import Histogram
 from hf_bucket.ladder import Ladder, is_auto
+from hf_bucket.machine import package_version
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from hf_bucket.planner import resolve_ladder
 from hf_bucket.probes import ATOL, Probe, probe_rows, save_probes
@@ -444,8 +444,7 @@ def _versions() -> dict[str, str]:
     found = {}
     for package in ("hf-bucket", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"):
         try:
-            # its own word for its version: the package has other names, such as onnxruntime-gpu
-            found[package] = onnxruntime.__version__ if package == "onnxruntime" else version(package)
+            found[package] = package_version(package)
         except PackageNotFoundError:
             continue
     return found

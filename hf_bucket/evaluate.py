@@ -6,15 +6,14 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import onnxruntime
 
 from hf_bucket.errors import DataError, InputError
-from hf_bucket.machine import usable_cores
+from hf_bucket.machine import package_version, usable_cores
 from hf_bucket.metrics import Logits, flipped_rows, max_delta
 from hf_bucket.systems import BUCKETED, ENGINES, REFERENCE, Job, Loaded, Pass, Start, Worker
 
@@ -351,8 +350,7 @@ def installed_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            # its own word for its version: the package has other names, such as onnxruntime-gpu
-            versions[package] = onnxruntime.__version__ if package == "onnxruntime" else version(package)
+            versions[package] = package_version(package)
         except PackageNotFoundError:
             continue
     return versions

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -121,14 +122,31 @@ def _gpus(driver: Path) -> list[str]:
     return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
 
 
+def package_version(package: str) -> str:
+    """Return an installed package's version; onnxruntime's is its own word, since other packages bring it too.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    if package != "onnxruntime":
+        return version(package)
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 @lru_cache(maxsize=1)
 def machine_key() -> str:
     """Return a key that changes with the type of CPU, what it can do, NVIDIA's GPUs, and the version of onnxruntime."""
-    import onnxruntime  # its own word for its version: the package has other names, such as onnxruntime-gpu
-
     info = _cpuinfo()
     features = info.get("flags", info.get("Features", ""))
-    facts = [platform.machine(), processor(), features, onnxruntime.__version__, *_gpus(Path("/proc/driver/nvidia"))]
+    facts = [
+        platform.machine(),
+        processor(),
+        features,
+        package_version("onnxruntime"),
+        *_gpus(Path("/proc/driver/nvidia")),
+    ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import onnxruntime
 
-from hf_bucket.batch import Array
+from hf_bucket.batch import Array, in_float32
 from hf_bucket.errors import ProviderError
 from hf_bucket.ladder import Bucket
 
@@ -283,8 +283,7 @@ class RecordedSession:
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return every output; half-precision logits come back as float32."""
-        found = self.engine.run_recorded(self.bucket, arrays)
-        return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in found.items()}
+        return in_float32(self.engine.run_recorded(self.bucket, arrays))
 
     def close(self) -> None:
         """Let go of what the engine holds for its runs, of every bucket."""

@@ -21,11 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import onnxruntime
 
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact
-from hf_bucket.batch import Array
+from hf_bucket.batch import Array, in_float32
 from hf_bucket.errors import ArtifactError, ProviderError
 from hf_bucket.fusions import OWN, Fusion, get_fusion
 from hf_bucket.ladder import Bucket
@@ -117,8 +116,7 @@ class OrtSession:
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return every output; half-precision logits come back as float32."""
         outputs = self.engine.run(self.output_names, dict(arrays))
-        named = zip(self.output_names, outputs, strict=True)
-        return {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in named}
+        return in_float32(dict(zip(self.output_names, outputs, strict=True)))
 
     def close(self) -> None:
         """End the thread of a CUDA engine; the engine itself goes when the last bucket that uses it is dropped."""

@@ -17,14 +17,18 @@ if _worker and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+import hf_bucket
 from hf_bucket.artifact import Artifact, open_artifact, record_files
+from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import MANIFEST, Manifest
 from hf_bucket.session import FakeSession
 from hf_bucket.session_ort import EngineOptions
+from hf_bucket.source import Source
 from hf_bucket.tasks import InputSpec, OutputSpec, Signature
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +113,24 @@ def tiny_bert(shared_folder: Path) -> Path:
     folder = shared_folder / "tiny-bert"
     with filelock.FileLock(f"{folder}.lock"):
         return folder if folder.exists() else save_tiny_bert(folder)
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_bert: Path) -> Artifact:
+    """The tiny BERT for some lengths and batches, for tests of what every engine keeps."""
+    options = CompileOptions(buckets=[8, 16, 40], batch_sizes=[1, 3])
+    return compile_model(Source(name=str(tiny_bert)), options, report=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def plain(compiled: Artifact) -> np.ndarray:
+    """The answers of onnxruntime's CPU provider to ``promises.TEXTS``, every text alone."""
+    from promises import TEXTS
+
+    runner = hf_bucket.load(compiled.folder, provider="CPUExecutionProvider")
+    answers = np.stack([runner([text])[0]["logits"] for text in TEXTS])
+    runner.close()
+    return answers
 
 
 @pytest.fixture(scope="session")

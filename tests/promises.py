@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from conftest import text_of
 
 from hf_bucket.errors import ProviderError
 
 LATE_S = 120.0
+TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2, 30)]
 
 
 def logits(runner: Any, texts: Sequence[str]) -> np.ndarray:

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import text_of
-from promises import LATE_S, answer_of_a_child, check_sixteen_threads, logits
+from promises import LATE_S, TEXTS, answer_of_a_child, check_sixteen_threads, logits
 from pyarrow.parquet import read_table
 from test_every_architecture import SAME
 
@@ -29,20 +29,6 @@ from hf_bucket.source import Source
 if CUDA not in onnxruntime.get_available_providers():
     pytest.skip("onnxruntime has no CUDA provider here", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2, 30)]
-
-
-@pytest.fixture(scope="module")
-def compiled(tiny_bert: Path) -> Artifact:
-    return compile_model(Source(name=str(tiny_bert)), CompileOptions(buckets=[8, 16, 40], batch_sizes=[1, 3]))
-
-
-@pytest.fixture(scope="module")
-def plain(compiled: Artifact) -> np.ndarray:
-    """The answers of the CPU provider, every text alone."""
-    runner = hf_bucket.load(compiled.folder, provider="CPUExecutionProvider")
-    return np.stack([runner([text])[0]["logits"] for text in TEXTS])
 
 
 def load(artifact: Artifact, **options: Any) -> hf_bucket.runner.Runner:

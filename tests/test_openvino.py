@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import text_of
-from promises import answer_of_a_child, check_sixteen_threads, logits
+from promises import TEXTS, answer_of_a_child, check_sixteen_threads, logits
 
 import hf_bucket
 from hf_bucket import session_ort
@@ -21,20 +21,6 @@ from hf_bucket.source import Source
 
 pytest.importorskip("openvino", reason='openvino is not installed; pip install "hf-bucket[openvino]"')
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2, 30)]
-
-
-@pytest.fixture(scope="module")
-def compiled(tiny_bert: Path) -> Artifact:
-    return compile_model(Source(name=str(tiny_bert)), CompileOptions(buckets=[8, 16, 40], batch_sizes=[1, 3]))
-
-
-@pytest.fixture(scope="module")
-def plain(compiled: Artifact) -> np.ndarray:
-    """The answers of onnxruntime's CPU provider, every text alone."""
-    runner = hf_bucket.load(compiled.folder)
-    return np.stack([runner([text])[0]["logits"] for text in TEXTS])
 
 
 def load(artifact: Artifact, **options: Any) -> hf_bucket.runner.Runner:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,10 +36,14 @@ TEXTS = [text_of(length, 3 * length) for length in (1, 5, 6, 13, 14, 3, 2)]
 
 
 @pytest.fixture(autouse=True)
-def of_this_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that engines of other tests do not keep alive."""
-    monkeypatch.setattr(room, "_gpu", room._Gpu())
+def of_this_test_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A thread that engines of other tests do not keep alive, and that ends with the test, garbage or not."""
+    gpu = room._Gpu()
+    monkeypatch.setattr(room, "_gpu", gpu)
     monkeypatch.setattr(Recorder, "lives", [])
+    yield
+    gpu.end()
+    assert gpu._thread is None
 
 
 @pytest.fixture(scope="module")

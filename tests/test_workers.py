@@ -19,17 +19,13 @@ from hf_bucket.session_ort import EngineOptions
 from hf_bucket.workers import Workers
 
 
-def our_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hf_bucket")]
-
-
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 4), st.lists(st.integers(), max_size=20))
 def test_results_come_in_the_order_of_the_items(n: int, items: list[int]) -> None:
-    workers = Workers(n)
+    before, workers = set(threading.enumerate()), Workers(n)
     assert workers.map(lambda item: item + 1, items) == [item + 1 for item in items]
     workers.close()
-    assert our_threads() == []
+    assert set(threading.enumerate()) <= before
 
 
 def test_items_run_at_once() -> None:
@@ -38,7 +34,7 @@ def test_items_run_at_once() -> None:
     workers.close()
 
 
-def test_an_exception_ends_what_has_not_begun_and_leaves_the_pool_usable() -> None:
+def test_an_exception_ends_what_has_not_begun_and_leaves_the_pool_usable(before: set[threading.Thread]) -> None:
     workers, begun, never = Workers(2), [], threading.Event()
 
     def fail(item: int) -> int:
@@ -51,29 +47,37 @@ def test_an_exception_ends_what_has_not_begun_and_leaves_the_pool_usable() -> No
     assert len(begun) < 1000
     assert workers.map(abs, [-1, -2]) == [1, 2]
     workers.close()
-    assert our_threads() == []
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
+def before() -> set[threading.Thread]:
+    """The threads that there were before the test, those of runners that other tests left open among them."""
+    return set(threading.enumerate())
+
+
+@pytest.fixture
+def runner(tmp_path: Path, before: set[threading.Thread]) -> Runner:
     options = RunOptions(engine=EngineOptions(workers=2))
     return Runner(fake_artifact(tmp_path, make_ladder([8, 16], batch_sizes=[1, 4])), options, engine=fake_engine)
 
 
-def test_many_batches_give_the_rows_of_one_at_a_time_in_the_callers_order(runner: Runner) -> None:
+def test_many_batches_give_the_rows_of_one_at_a_time_in_the_callers_order(
+    runner: Runner, before: set[threading.Thread]
+) -> None:
     texts = [text_of(length % 14) for length in range(60)]
     expected = [runner([text])[0]["logits"].tolist() for text in texts]
     assert [row["logits"].tolist() for row in runner(texts)] == expected
     assert runner.stats()["rows"] == 120
     runner.close()
-    assert our_threads() == []
+    assert set(threading.enumerate()) <= before
     assert [row["logits"].tolist() for row in runner(texts)] == expected
     runner.close()
 
 
-def test_a_request_of_one_batch_starts_no_thread(runner: Runner) -> None:
+def test_a_request_of_one_batch_starts_no_thread(runner: Runner, before: set[threading.Thread]) -> None:
     runner(["w1"])
-    assert our_threads() == []
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_row_that_fails_among_many_leaves_the_runner_usable(tmp_path: Path) -> None:
