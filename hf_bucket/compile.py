@@ -26,7 +26,7 @@ from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.finish import finish
 from hf_bucket.fuse import Report
 from hf_bucket.fusions import FUSIONS
-from hf_bucket.graph import adopt, load_graph, save_graph
+from hf_bucket.graph import adopt, load_graph, save_graph, straighten_saved
 from hf_bucket.histogram import Histogram
 from hf_bucket.ladder import Ladder, is_auto
 from hf_bucket.machine import package_version
@@ -281,6 +281,7 @@ def _graph_job(files: Files, source: Source, task: Task) -> _Job:
             engine = open_graph(Path(name) / GRAPH, EngineOptions())
             probes = tuple(_graph_probe(engine, signature, row) for row in rows)
         save_adopted(target, narrowed=True)
+        straighten_saved(target / GRAPH)
         link_files([path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")], target)
         return Exported(signature=signature, probes=probes)
 

@@ -1,27 +1,22 @@
 """Less graph: linear layers take one list of all tokens instead of rows of tokens.
 
 On ``(row, token, feature)`` a linear layer is a product of matrices and then a sum; on ``(token, feature)`` onnxruntime
-makes one Gemm of the two, and the bias takes no pass over the memory of its own. The keys of an attention are turned by
-one Transpose where torch's exporter writes a Transpose between two Reshapes, and what computes their shapes.
+makes one Gemm of the two, and the bias takes no pass over the memory of its own.
 
 Which values are rows of tokens is not guessed from operators: it is read off the shapes for two sizes of input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_bucket.narrow import ELEMENTWISE, constant, insert_behind
+from hf_bucket.surgery import ELEMENTWISE, SIZES, Shapes, constant, insert_behind
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Size = tuple[int, int]  # rows, and tokens of each
-Shapes = Mapping[Size, Mapping[str, tuple[int, ...]]]  # of values by name, for several sizes of input
 Axes = tuple[bool, int]  # of rows of tokens: whether each has all its tokens or one, and the features of a token
-
-SIZES: tuple[Size, Size] = ((2, 3), (5, 7))  # small enough for every model, and no number is in both
 
 
 def flatten(model: ir.Model, shapes: Shapes) -> int:
@@ -36,7 +31,6 @@ def flatten(model: ir.Model, shapes: Shapes) -> int:
 
     if any(node.graph is not model.graph for node in model.graph.all_nodes()):
         return 0
-    _turn_keys_once(model, shapes)
     lists = _Lists(model, shapes)
     layers = 0
     for node in list(model.graph):
@@ -149,34 +143,3 @@ def _constant_rank(value: ir.Value | None) -> int | None:
 
     tensor = None if value is None else get_const_tensor(value)
     return None if tensor is None else len(tensor.shape)
-
-
-def _turn_keys_once(model: ir.Model, shapes: Shapes) -> None:
-    """Replace ``(a, b, c, d)`` -> ``(a * b, c, d)`` -> ``(a * b, d, c)`` -> ``(a, b, d, c)`` by one Transpose."""
-    import onnx_ir
-
-    for node in list(model.graph):
-        turn = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
-        if turn is None or turn.op_type != "Transpose" or [*turn.attributes.get_ints("perm", ())] != [0, 2, 1]:
-            continue
-        merge = turn.inputs[0].producer() if turn.inputs[0] is not None else None
-        source = merge.inputs[0] if merge is not None and merge.op_type == "Reshape" else None
-        if (
-            merge is None
-            or source is None
-            or not all(
-                _merges_heads(*(of.get(str(value.name), ()) for value in (source, merge.outputs[0], node.outputs[0])))
-                for of in (shapes[size] for size in SIZES)
-            )
-        ):
-            continue
-        once = onnx_ir.node("Transpose", [source], {"perm": [0, 1, 3, 2]})
-        node.prepend(once)
-        node.outputs[0].replace_all_uses_with(once.outputs[0])
-
-
-def _merges_heads(source: tuple[int, ...], merged: tuple[int, ...], result: tuple[int, ...]) -> bool:
-    if len(source) != 4:
-        return False
-    rows, heads, tokens, width = source
-    return merged == (rows * heads, tokens, width) and result == (rows, heads, width, tokens)

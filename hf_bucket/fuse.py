@@ -14,13 +14,14 @@ import numpy as np
 from hf_bucket.artifact import GRAPH, WEIGHTS
 from hf_bucket.costs import SHORTEST_S, Batches, compare
 from hf_bucket.errors import ExportError
-from hf_bucket.flatten import SIZES, flatten
+from hf_bucket.flatten import flatten
 from hf_bucket.fusions import FUSIONS, OWN, Fusion
 from hf_bucket.graph import load_graph, save_rewritten, shapes_at
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import FusionChoice
 from hf_bucket.session import Session
 from hf_bucket.session_ort import CPU, EngineOptions, OrtSession, open_graph
+from hf_bucket.surgery import SIZES
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_bucket.artifact import WEIGHTS
+from hf_bucket.attention import straighten
 from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
 from hf_bucket.liveness import activation_bytes
-from hf_bucket.narrow import constant, narrow
+from hf_bucket.narrow import narrow
+from hf_bucket.surgery import SIZES, constant
 from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature, Task
 from hf_bucket.weights import check_external_data
 
@@ -195,6 +197,15 @@ def _map_linked(model: ir.Model) -> None:
         if tensor.size:
             content = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
         value.const_value = onnx_ir.Tensor(content, name=tensor.name)
+
+
+def straighten_saved(path: Path) -> None:
+    """Leave out of a saved graph what its attentions do not need; weights stay as they are: see ``straighten``."""
+    onnx_ir, _ = _libraries()
+    model = load_graph(path)
+    if straighten(model, {size: shapes_at(path, *size) for size in SIZES}):
+        tidy(model)
+        onnx_ir.save(model, path)
 
 
 def save_rewritten(model: ir.Model, graph: Path, target: Path) -> None:

@@ -9,22 +9,16 @@ this leaves out a seventh of the arithmetic, of twelve a fourteenth.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_bucket.surgery import ELEMENTWISE, constant, insert_behind
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Operators that make every element from the elements at its place, with ONNX's broadcasting (onnx.ai/onnx/operators).
-ELEMENTWISE = frozenset(
-    {"Abs", "Add", "And", "Cast", "Clip", "Div", "Elu", "Equal", "Erf", "Exp", "Gelu", "Greater", "GreaterOrEqual"}
-    | {"HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish", "Mul"}
-    | {"Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub"}
-    | {"Tanh", "Where"}
-)
 _CONTENTS = ("value", "value_int", "value_ints")  # attributes of a Constant that may hold an index
 _FIRST, _LAST = 0, -1
 _END = np.iinfo(np.int64).max
@@ -175,19 +169,3 @@ def _slice(model: ir.Model, value: ir.Value, axis: int, place: int, uses: list[U
     insert_behind(model, value, [*constants, chosen])
     for node, slot in uses:
         node.replace_input_with(slot, chosen.outputs[0])
-
-
-def constant(numbers: Sequence[int]) -> ir.Node:
-    """Return a node whose output is these numbers."""
-    import onnx_ir
-
-    return onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(numbers, dtype=np.int64))})
-
-
-def insert_behind(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Put nodes right behind the one that makes a value; what nobody makes is there from the beginning."""
-    producer = value.producer()
-    if producer is None:
-        model.graph.insert_before(model.graph[0], nodes)
-    else:
-        producer.append(nodes)

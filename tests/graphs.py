@@ -24,3 +24,19 @@ def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)[0]
+
+
+def shapes_at(model: onnx.ModelProto, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's values for one size of its inputs."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    sizes = {"batch": rows, "length": tokens}
+    for value in [*fixed.graph.input, *fixed.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = sizes[dim.dim_param]
+    found = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    return {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in [*found.input, *found.value_info, *found.output]
+    }

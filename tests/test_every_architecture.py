@@ -13,11 +13,12 @@ from conftest import tiny_tokenizer
 from hf_bucket.artifact import GRAPH
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import ModelError
-from hf_bucket.flatten import SIZES, flatten
+from hf_bucket.flatten import flatten
 from hf_bucket.graph import load_graph, save_rewritten, shapes_at
 from hf_bucket.probes import PROBES, load_probes, validate
 from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph
 from hf_bucket.source import Source
+from hf_bucket.surgery import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 

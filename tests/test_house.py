@@ -15,8 +15,8 @@ PACKAGE = Path(hf_bucket.__file__).parent
 
 # A module imports only from rooms before its own (docs/architecture.md).
 ROOMS = (
-    {"errors"},
-    {"ladder", "tasks", "weights", "narrow", "liveness"},
+    {"errors", "surgery"},
+    {"ladder", "tasks", "weights", "narrow", "attention", "liveness"},
     {"families", "overflow", "fusions", "flatten", "assign", "histogram", "joint"},
     {"planner", "metrics", "manifest", "source", "recipe", "data"},
     {"batch", "artifact", "collator", "report", "labels"},

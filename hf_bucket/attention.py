@@ -1,0 +1,161 @@
+"""Less graph: an attention with nothing between its two products that they do not need.
+
+As torch's exporter writes it, keys are turned by a Transpose between two Reshapes, queries and keys are each multiplied
+by the root of one scale, and rows without any token to look at are set to zero right before heads are joined. Each of
+these keeps engines from making one step of the whole. Here keys are turned by one Transpose, the scale is applied once,
+to the queries, and zeros are set once heads are joined. But for how the scale is rounded no number changes.
+
+Which axes are heads and tokens is not guessed: it is read off the shapes for two sizes of input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_bucket.surgery import SIZES, Shapes, constant, insert_behind
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_SWAP = [0, 2, 1, 3]  # tokens and heads
+
+
+def straighten(model: ir.Model, shapes: Shapes) -> int:
+    """Leave out what attentions do not need; return how many changes were made.
+
+    A graph with branches or loops stays as it is: their bodies may read any value by its name.
+
+    Args:
+        shapes: of the graph's values, for each of ``SIZES``. What a value is missing for stays as it is.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    if any(node.graph is not model.graph for node in model.graph.all_nodes()):
+        return 0
+
+    def known(value: ir.Value) -> list[tuple[int, ...]]:
+        return [shapes[size].get(str(value.name), ()) for size in SIZES]
+
+    changes = sum(
+        _turn_once(node, known) + _scale_once(node) + _set_zeros_last(model, node, known) for node in list(model.graph)
+    )
+    RemoveUnusedNodesPass()(model)
+    return changes
+
+
+Known = Callable[["ir.Value"], list[tuple[int, ...]]]  # the shapes of a value; () where one is not known
+
+
+def _turn_once(node: ir.Node, known: Known) -> bool:
+    """Replace ``(a, b, c, d)`` -> ``(a * b, c, d)`` -> ``(a * b, d, c)`` -> ``(a, b, d, c)`` by one Transpose."""
+    import onnx_ir
+
+    turn = _made_by(node.inputs[0], "Transpose") if node.op_type == "Reshape" else None
+    merge = _made_by(turn.inputs[0], "Reshape") if turn is not None and _order(turn) == [0, 2, 1] else None
+    source = None if merge is None else merge.inputs[0]
+    if merge is None or source is None:
+        return False
+    found = zip(known(source), known(merge.outputs[0]), known(node.outputs[0]), strict=True)
+    if not all(_merges_heads(*sizes) for sizes in found):
+        return False
+    order, before = [0, 1, 3, 2], _made_by(source, "Transpose")
+    if before is not None and _order(before) == _SWAP:  # two of them are one
+        source, order = before.inputs[0], [0, 2, 3, 1]
+    once = onnx_ir.node("Transpose", [source], {"perm": order})
+    node.prepend(once)
+    node.outputs[0].replace_all_uses_with(once.outputs[0])
+    return True
+
+
+def _merges_heads(source: tuple[int, ...], merged: tuple[int, ...], result: tuple[int, ...]) -> bool:
+    if len(source) != 4:
+        return False
+    rows, heads, tokens, width = source
+    return merged == (rows * heads, tokens, width) and result == (rows, heads, width, tokens)
+
+
+def _scale_once(node: ir.Node) -> bool:
+    """Let a product of two scaled matrices scale the first by both."""
+    import onnx_ir
+
+    if node.op_type != "MatMul":
+        return False
+    scaled = [_made_by(value, "Mul") for value in node.inputs]
+    factors = [None if one is None else _number(one.inputs[1]) for one in scaled]
+    left, right = scaled
+    if left is None or right is None or None in factors or not _is_used_once(left) or not _is_used_once(right):
+        return False
+    both = np.prod(np.array(factors, dtype=np.float64)).astype(np.asarray(factors[0]).dtype)
+    factor = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(both)})
+    left.prepend(factor)
+    left.replace_input_with(1, factor.outputs[0])
+    node.replace_input_with(1, right.inputs[0])
+    return True
+
+
+def _set_zeros_last(model: ir.Model, node: ir.Node, known: Known) -> bool:
+    """Move a choice between a number and ``(row, head, token, width)`` behind where heads are joined."""
+    import onnx_ir
+
+    if node.op_type != "Where" or _number(node.inputs[1]) is None or node.inputs[0] is None:
+        return False
+    turn = _only_user(node, "Transpose")
+    join = _only_user(turn, "Reshape") if turn is not None and _order(turn) == _SWAP else None
+    if turn is None or join is None or join.outputs[0].is_graph_output():
+        return False
+    condition, joined = node.inputs[0], join.outputs[0]
+    found = zip(known(condition), known(node.outputs[0]), known(joined), strict=True)
+    if not all(_chooses_tokens(*sizes) for sizes in found):
+        return False
+    axes = constant([1])
+    without_heads = onnx_ir.node("Squeeze", [condition, axes.outputs[0]])
+    insert_behind(model, condition, [axes, without_heads])
+    chosen = onnx_ir.node("Where", [without_heads.outputs[0], node.inputs[1], joined])
+    joined.replace_all_uses_with(chosen.outputs[0])
+    chosen.replace_input_with(2, joined)
+    join.append(chosen)
+    turn.replace_input_with(0, node.inputs[2])
+    return True
+
+
+def _chooses_tokens(condition: tuple[int, ...], result: tuple[int, ...], joined: tuple[int, ...]) -> bool:
+    if len(condition) != 4 or len(result) != 4:
+        return False
+    rows, heads, tokens, width = result
+    return (
+        condition[0] in (1, rows)
+        and condition[1] == condition[3] == 1
+        and condition[2] in (1, tokens)
+        and joined == (rows, tokens, heads * width)
+    )
+
+
+def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """Return the node that makes a value, if it is such an operator of ONNX's own."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == operator and not node.domain else None
+
+
+def _only_user(node: ir.Node, operator: str) -> ir.Node | None:
+    """Return the one node that uses the output of another, if it is such an operator."""
+    users = [use.node for use in node.outputs[0].uses()]
+    return users[0] if _is_used_once(node) and users[0].op_type == operator and not users[0].domain else None
+
+
+def _is_used_once(node: ir.Node) -> bool:
+    return len(node.outputs[0].uses()) == 1 and not node.outputs[0].is_graph_output()
+
+
+def _order(transpose: ir.Node) -> list[int]:
+    return [*transpose.attributes.get_ints("perm", ())]
+
+
+def _number(value: ir.Value | None) -> np.generic | None:
+    """Return the one number that a constant holds; None for any other value."""
+    from onnx_ir.convenience import get_const_tensor
+
+    tensor = None if value is None else get_const_tensor(value)
+    return tensor.numpy().reshape(-1)[0] if tensor is not None and tensor.size == 1 else None
