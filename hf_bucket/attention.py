@@ -3,7 +3,7 @@
 As torch's exporter writes it, keys are turned by a Transpose between two Reshapes, queries and keys are each multiplied
 by the root of one scale, and rows without any token to look at are set to zero right before heads are joined. Each of
 these keeps engines from making one step of the whole. Here keys are turned by one Transpose, the scale is applied once,
-to the queries, and zeros are set once heads are joined. But for how the scale is rounded no number changes.
+to the first matrix, and zeros are set once heads are joined. Numbers change by rounding only.
 
 Which axes are heads and tokens is not guessed: it is read off the shapes for two sizes of input.
 """
@@ -11,7 +11,7 @@ Which axes are heads and tokens is not guessed: it is read off the shapes for tw
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,27 +21,31 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _SWAP = [0, 2, 1, 3]  # tokens and heads
+_OPSET = 13
+_ROUNDED = 2.0**-7  # how far a product of two factors may be off, in the least exact type there is, bfloat16
 
 
 def straighten(model: ir.Model, shapes: Shapes) -> int:
     """Leave out what attentions do not need; return how many changes were made.
 
-    A graph with branches or loops stays as it is: their bodies may read any value by its name.
+    A graph with branches or loops stays as it is: their bodies may read any value by its name. So does one of an opset
+    in which Squeeze takes no axes as an input.
 
     Args:
-        shapes: of the graph's values, for each of ``SIZES``. What a value is missing for stays as it is.
+        shapes: of the graph's values, for each of ``SIZES``. Without those that it is about, an axis stays where it is.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    if any(node.graph is not model.graph for node in model.graph.all_nodes()):
+    if model.opset_imports.get("", 0) < _OPSET or any(
+        node.graph is not model.graph for node in model.graph.all_nodes()
+    ):
         return 0
 
     def known(value: ir.Value) -> list[tuple[int, ...]]:
         return [shapes[size].get(str(value.name), ()) for size in SIZES]
 
-    changes = sum(
-        _turn_once(node, known) + _scale_once(node) + _set_zeros_last(model, node, known) for node in list(model.graph)
-    )
+    own = [node for node in model.graph if not node.domain and len(node.outputs) == 1]
+    changes = sum(_turn_once(node, known) + _scale_once(node) + _set_zeros_last(model, node, known) for node in own)
     RemoveUnusedNodesPass()(model)
     return changes
 
@@ -56,7 +60,7 @@ def _turn_once(node: ir.Node, known: Known) -> bool:
     turn = _made_by(node.inputs[0], "Transpose") if node.op_type == "Reshape" else None
     merge = _made_by(turn.inputs[0], "Reshape") if turn is not None and _order(turn) == [0, 2, 1] else None
     source = None if merge is None else merge.inputs[0]
-    if merge is None or source is None:
+    if merge is None or source is None or node.outputs[0].is_graph_output():
         return False
     found = zip(known(source), known(merge.outputs[0]), known(node.outputs[0]), strict=True)
     if not all(_merges_heads(*sizes) for sizes in found):
@@ -83,12 +87,17 @@ def _scale_once(node: ir.Node) -> bool:
 
     if node.op_type != "MatMul":
         return False
-    scaled = [_made_by(value, "Mul") for value in node.inputs]
-    factors = [None if one is None else _number(one.inputs[1]) for one in scaled]
-    left, right = scaled
-    if left is None or right is None or None in factors or not _is_used_once(left) or not _is_used_once(right):
+    left, right = (_made_by(value, "Mul") for value in node.inputs)
+    if left is None or right is None or not _is_used_once(left) or not _is_used_once(right):
         return False
-    both = np.prod(np.array(factors, dtype=np.float64)).astype(np.asarray(factors[0]).dtype)
+    factors = _number(left.inputs[1]), _number(right.inputs[1])
+    if factors[0] is None or factors[1] is None:
+        return False
+    exact = float(factors[0]) * float(factors[1])
+    with np.errstate(over="ignore"):
+        both = np.asarray(exact).astype(factors[0].dtype)
+    if not abs(float(both) - exact) <= _ROUNDED * abs(exact):  # too large for the type, or too small, or not a number
+        return False
     factor = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(both)})
     left.prepend(factor)
     left.replace_input_with(1, factor.outputs[0])
@@ -100,15 +109,17 @@ def _set_zeros_last(model: ir.Model, node: ir.Node, known: Known) -> bool:
     """Move a choice between a number and ``(row, head, token, width)`` behind where heads are joined."""
     import onnx_ir
 
-    if node.op_type != "Where" or _number(node.inputs[1]) is None or node.inputs[0] is None:
+    if node.op_type != "Where" or _number(node.inputs[1]) is None or len(node.inputs) != 3:
         return False
     turn = _only_user(node, "Transpose")
     join = _only_user(turn, "Reshape") if turn is not None and _order(turn) == _SWAP else None
     if turn is None or join is None or join.outputs[0].is_graph_output():
         return False
-    condition, joined = node.inputs[0], join.outputs[0]
-    found = zip(known(condition), known(node.outputs[0]), known(joined), strict=True)
-    if not all(_chooses_tokens(*sizes) for sizes in found):
+    condition, _, context = node.inputs
+    joined, result = join.outputs[0], node.outputs[0]
+    if condition is None or context is None or known(context) != known(result):
+        return False
+    if not all(_chooses_tokens(*sizes) for sizes in zip(known(condition), known(result), known(joined), strict=True)):
         return False
     axes = constant([1])
     without_heads = onnx_ir.node("Squeeze", [condition, axes.outputs[0]])
@@ -117,7 +128,7 @@ def _set_zeros_last(model: ir.Model, node: ir.Node, known: Known) -> bool:
     joined.replace_all_uses_with(chosen.outputs[0])
     chosen.replace_input_with(2, joined)
     join.append(chosen)
-    turn.replace_input_with(0, node.inputs[2])
+    turn.replace_input_with(0, context)
     return True
 
 
@@ -153,9 +164,12 @@ def _order(transpose: ir.Node) -> list[int]:
     return [*transpose.attributes.get_ints("perm", ())]
 
 
-def _number(value: ir.Value | None) -> np.generic | None:
-    """Return the one number that a constant holds; None for any other value."""
+def _number(value: ir.Value | None) -> np.floating[Any] | None:
+    """Return the number that a constant without axes, or of one axis, holds; None for any other value."""
     from onnx_ir.convenience import get_const_tensor
 
     tensor = None if value is None else get_const_tensor(value)
-    return tensor.numpy().reshape(-1)[0] if tensor is not None and tensor.size == 1 else None
+    if tensor is None or tensor.size != 1 or len(tensor.shape) > 1 or not tensor.dtype.is_floating_point():
+        return None
+    number: np.floating[Any] = tensor.numpy().reshape(-1)[0]
+    return number

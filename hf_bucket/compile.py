@@ -24,7 +24,7 @@ from hf_bucket.errors import DataError, LadderError, ModelError
 from hf_bucket.export import Dtype, Exported, export, quiet, read_checkpoint
 from hf_bucket.facts import Facts, check_vocabulary, read_facts
 from hf_bucket.finish import finish
-from hf_bucket.fuse import Report
+from hf_bucket.fuse import Report, not_used
 from hf_bucket.fusions import FUSIONS
 from hf_bucket.graph import adopt, load_graph, save_graph, straighten_saved
 from hf_bucket.histogram import Histogram
@@ -281,7 +281,6 @@ def _graph_job(files: Files, source: Source, task: Task) -> _Job:
             engine = open_graph(Path(name) / GRAPH, EngineOptions())
             probes = tuple(_graph_probe(engine, signature, row) for row in rows)
         save_adopted(target, narrowed=True)
-        straighten_saved(target / GRAPH)
         link_files([path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model")], target)
         return Exported(signature=signature, probes=probes)
 
@@ -376,6 +375,10 @@ def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
             _extend(sibling, ladder, folder, report)
             return
         made = job.make(folder, report)
+        try:
+            straighten_saved(folder / GRAPH)
+        except Exception as error:  # noqa: BLE001 - onnxscript raises anything; as it was exported the graph runs as well
+            report(not_used("a graph with less in its attentions", error))
         save_probes(made.probes, job.source["made_by"], folder)
         manifest = Manifest(
             task=job.task.name,

@@ -16,7 +16,7 @@ from hf_bucket.encode import Encoder
 from hf_bucket.errors import ExportError, ModelError, PaddingLeakError, missing_part
 from hf_bucket.facts import Facts, check_vocabulary
 from hf_bucket.families import counted_id, family_of, text_part, true_max_length
-from hf_bucket.graph import adopt, save_graph, straighten_saved
+from hf_bucket.graph import adopt, save_graph
 from hf_bucket.probes import ATOL, Probe, probe_rows, tolerance
 from hf_bucket.tasks import PaddingSide, Signature, Task
 
@@ -142,7 +142,6 @@ def export(
         if "attention_mask" in missing or "input_ids" in missing:
             raise ExportError(f"the exported graph does not take {missing}, so padding could not be told from tokens")
         save_graph(graph, folder / GRAPH)
-        straighten_saved(folder / GRAPH)
         checkpoint.save(folder)
     return Exported(signature=signature, probes=probes, padding_leak=leak)
 

@@ -36,7 +36,11 @@ def shapes_at(model: onnx.ModelProto, rows: int, tokens: int) -> dict[str, tuple
             if dim.dim_param:
                 dim.dim_value = sizes[dim.dim_param]
     found = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    shapes = {
+        value.name: value.type.tensor_type.shape.dim for value in [*found.input, *found.value_info, *found.output]
+    }
     return {
-        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-        for value in [*found.input, *found.value_info, *found.output]
+        name: tuple(dim.dim_value for dim in dims)
+        for name, dims in shapes.items()
+        if all(dim.HasField("dim_value") for dim in dims)
     }

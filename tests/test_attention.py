@@ -13,10 +13,11 @@ from graphs import parsed, run, shapes_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hf_bucket
 from hf_bucket.artifact import GRAPH
 from hf_bucket.attention import straighten
 from hf_bucket.compile import CompileOptions, compile_model
-from hf_bucket.graph import load_graph, straighten_saved
+from hf_bucket.graph import load_graph
 from hf_bucket.source import Source
 from hf_bucket.surgery import SIZES
 
@@ -87,20 +88,20 @@ def straightened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     return ir.serde.serialize_model(changed), changes
 
 
-def answer(model: onnx.ModelProto, rows: int, tokens: int) -> np.ndarray:
+def answer(model: onnx.ModelProto, rows: int, tokens: int, features: int = 8, **more: np.ndarray) -> np.ndarray:
     generator = np.random.default_rng(rows * 100 + tokens)
     mask = generator.random((rows, tokens)) < 0.7
     mask[0] = False
-    return run(model, {"x": generator.normal(size=(rows, tokens, 8)).astype(np.float32), "mask": mask})
+    return run(model, {"x": generator.normal(size=(rows, tokens, features)).astype(np.float32), "mask": mask, **more})
 
 
-def assert_same(text: str, changes: int, *, rows: int = 3, tokens: int = 4) -> Counter[str]:
+def assert_same(text: str, changes: int, *, rows: int = 3, tokens: int = 4, features: int = 8) -> Counter[str]:
     """Straighten a model, compare what it returns with what it returned, and count its operators."""
     model = parsed(text)
     changed, found = straightened(model)
     assert found == changes
-    expected = answer(model, rows, tokens)
-    np.testing.assert_allclose(answer(changed, rows, tokens), expected, atol=1e-4, rtol=1e-5)
+    expected = answer(model, rows, tokens, features)
+    np.testing.assert_allclose(answer(changed, rows, tokens, features), expected, atol=1e-4, rtol=1e-5)
     return Counter(node.op_type for node in changed.graph.node)
 
 
@@ -144,6 +145,12 @@ def test_a_row_without_tokens_gets_its_number() -> None:
     ("line", "instead", "changes"),
     [
         pytest.param("kr = Transpose <perm = [0, 2, 1]> (km)", "kr = Identity (km)", 2, id="keys not turned"),
+        pytest.param(
+            "kr = Transpose <perm = [0, 2, 1]> (km)",
+            "kr = Transpose <perm = [0, 1, 2]> (km)",
+            2,
+            id="keys turned in no way",
+        ),
         pytest.param(
             "merged = Concat <axis = 0> (any, klong, kwide)",
             "merged = Concat <axis = 0> (any, kwide, klong)",
@@ -217,13 +224,88 @@ def test_values_of_unknown_shape_are_left_alone() -> None:
     assert straighten(changed, {size: {} for size in SIZES}) == 1, "scales have no shape"
 
 
-def test_one_size_alone_does_not_tell_heads_from_tokens() -> None:
-    """Keys of which there are as many as they are wide look turned for one size, and are not for the other."""
-    model = parsed(without("kr = Transpose <perm = [0, 2, 1]> (km)", "kr = Transpose <perm = [0, 2, 1]> (km)"))
-    shapes = {size: dict(shapes_at(model, *size)) for size in SIZES}
-    shapes[SIZES[1]]["km"] = (1, 2, 3)
+def test_one_size_alone_does_not_tell_how_keys_are_turned() -> None:
+    """Where there are as many tokens as keys are wide, another turn has the same shapes."""
+    tokens = SIZES[0][1]
+    text = without("merged = Concat <axis = 0> (any, klong, kwide)", "merged = Concat <axis = 0> (any, kwide, klong)")
+    text = text.replace("(leading, any, at4)", f"(leading, any, at{tokens})").replace("8", str(2 * tokens))
+    assert_same(text, 2, tokens=tokens, features=2 * tokens)
+    assert_same(text, 2, tokens=tokens + 1, features=2 * tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "changes"),
+    [("none", [1, 1, 1, 1], 2), ("root", [1, 1, 1, 1, 1], 2), ("none", [1], 3), ("root", [1], 3)],
+)
+def test_a_number_with_axes_may_give_results_more_of_them(name: str, shape: list[int], changes: int) -> None:
+    model = parsed(ATTENTION)
+    (number,) = (node for node in model.graph.node if list(node.output) == [name])
+    value = onnx.numpy_helper.to_array(number.attribute[0].t).reshape(shape)
+    model.graph.node.remove(number)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    if len(shape) > 4:  # what follows takes four axes
+        (scaled,) = (node for node in model.graph.node if list(node.output) == ["qm"])
+        place = list(model.graph.node).index(scaled)
+        scaled.output[0] = "raw"
+        model.graph.node.insert(place + 1, onnx.helper.make_node("Squeeze", ["raw", "at0"], ["qm"]))
+    assert straightened(model)[1] == changes
+
+
+def test_what_is_broadcast_by_the_choice_keeps_it() -> None:
+    """Of a condition per row and one context for all rows, only the choice has rows."""
+    text = without(
+        "context = MatMul (shares, vt)", "each = MatMul (shares, vt)\n context = Slice (each, at0, at1, at0)"
+    )
+    model = parsed(text)
+    assert straightened(model)[1] == 2
+    np.testing.assert_allclose(answer(straightened(model)[0], 3, 4), answer(model, 3, 4), atol=1e-4)
+
+
+def test_keys_that_are_the_answer_too_stay() -> None:
+    text = without("(float[batch, length, 8] y)", "(float[batch, length, 8] y, float[batch, 2, 4, length] kk)")
+    assert straightened(parsed(text))[1] == 2
+
+
+def test_an_operator_of_another_domain_is_none_of_onnxs() -> None:
+    text = without("scores = MatMul (qm, kx)", "scores = ours.MatMul (qm, kx)").replace(
+        '"" : 20', '"" : 20, "ours" : 1'
+    )
+    model = parsed(text)
+    known = {size: {**shapes_at(parsed(ATTENTION), *size)} for size in SIZES}
     changed = ir.serde.deserialize_model(model)
-    assert straighten(changed, shapes) == 2
+    assert straighten(changed, known) == 2
+    (ours,) = (node for node in changed.graph if node.domain == "ours")
+    assert [value.name for value in ours.inputs] == ["qm", "kx"]
+
+
+def test_a_graph_older_than_squeezes_with_an_input_is_left_alone() -> None:
+    changed = ir.serde.deserialize_model(parsed(ATTENTION))
+    changed.opset_imports[""] = 12
+    assert straighten(changed, {size: shapes_at(parsed(ATTENTION), *size) for size in SIZES}) == 0
+
+
+@pytest.mark.parametrize(
+    ("root", "other", "changes"),
+    [(0.35, 0.35, 3), (300.0, 300.0, 2), (1e-4, 1e-4, 2), (float("nan"), 1.0, 2), (0.0, 1.0, 3)],
+)
+def test_scales_whose_product_half_precision_cannot_hold_stay(root: float, other: float, changes: int) -> None:
+    model = parsed(ATTENTION)
+    for node in model.graph.node:
+        if node.output[0] in ("root", "other"):
+            half = np.array(root if node.output[0] == "root" else other, dtype=np.float16)
+            node.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(half))
+    changed = ir.serde.deserialize_model(model)
+    assert straighten(changed, {size: shapes_at(parsed(ATTENTION), *size) for size in SIZES}) == changes
+
+
+def test_a_condition_that_comes_from_outside_is_used_there_too() -> None:
+    lines = [line for line in ATTENTION.splitlines() if not line.strip().startswith(("blind =", "several ="))]
+    text = "\n".join(lines).replace("bool[batch, length] mask", "bool[batch, length] mask, bool[batch, 1, 1, 1] blind")
+    model = parsed(text)
+    changed, changes = straightened(model)
+    assert changes == 3
+    blind = np.array([True, False, True]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(answer(changed, 3, 4, blind=blind), answer(model, 3, 4, blind=blind), atol=1e-4)
 
 
 def test_a_graph_with_branches_is_left_alone() -> None:
@@ -236,11 +318,20 @@ def test_a_graph_with_branches_is_left_alone() -> None:
 def test_a_compiled_bert_has_no_more_than_it_needs(tiny_bert: Path) -> None:
     options = CompileOptions(buckets=[8, 16], batch_sizes=[1, 3])
     graph = compile_model(Source(name=str(tiny_bert)), options, report=lambda line: None).path(GRAPH)
-    before = graph.read_bytes()
     operators = Counter(node.op_type for node in load_graph(graph).graph)
     layers = operators["Softmax"]
     assert layers == 2
     assert operators["Transpose"] == operators["Reshape"] == 4 * layers
     assert operators["Where"] == layers
-    straighten_saved(graph)
-    assert graph.read_bytes() == before, "once is enough"
+
+
+def test_a_graph_that_cannot_be_straightened_is_used_as_it_is(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(hf_bucket.compile, "straighten_saved", fails)
+    said: list[str] = []
+    options = CompileOptions(buckets=[8, 16], batch_sizes=[1, 5], dtype="float16")
+    made = compile_model(Source(name=str(tiny_bert)), options, report=said.append)
+    assert "a graph with less in its attentions is not used on this model: RuntimeError: no such operator" in said
+    assert len(hf_bucket.load(made.folder, warmup=False)(["w1 w2"])) == 1
