@@ -136,12 +136,7 @@ def _chooses_tokens(condition: tuple[int, ...], result: tuple[int, ...], joined:
     if len(condition) != 4 or len(result) != 4:
         return False
     rows, heads, tokens, width = result
-    return (
-        condition[0] in (1, rows)
-        and condition[1] == condition[3] == 1
-        and condition[2] in (1, tokens)
-        and joined == (rows, tokens, heads * width)
-    )
+    return condition[1] == condition[3] == 1 and joined == (rows, tokens, heads * width)
 
 
 def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
