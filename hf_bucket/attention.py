@@ -10,12 +10,11 @@ Which axes are heads and tokens is not guessed: it is read off the shapes for tw
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_bucket.surgery import SIZES, Shapes, constant, insert_behind
+from hf_bucket.surgery import Shapes, constant, has_inner_graphs, insert_behind, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -36,24 +35,15 @@ def straighten(model: ir.Model, shapes: Shapes) -> int:
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    if model.opset_imports.get("", 0) < _OPSET or any(
-        node.graph is not model.graph for node in model.graph.all_nodes()
-    ):
+    if has_inner_graphs(model) or model.opset_imports.get("", 0) < _OPSET:
         return 0
-
-    def known(value: ir.Value) -> list[tuple[int, ...]]:
-        return [shapes[size].get(str(value.name), ()) for size in SIZES]
-
     own = [node for node in model.graph if not node.domain and len(node.outputs) == 1]
-    changes = sum(_turn_once(node, known) + _scale_once(node) + _set_zeros_last(model, node, known) for node in own)
+    changes = sum(_turn_once(node, shapes) + _scale_once(node) + _set_zeros_last(model, node, shapes) for node in own)
     RemoveUnusedNodesPass()(model)
     return changes
 
 
-Known = Callable[["ir.Value"], list[tuple[int, ...]]]  # the shapes of a value; () where one is not known
-
-
-def _turn_once(node: ir.Node, known: Known) -> bool:
+def _turn_once(node: ir.Node, shapes: Shapes) -> bool:
     """Replace ``(a, b, c, d)`` -> ``(a * b, c, d)`` -> ``(a * b, d, c)`` -> ``(a, b, d, c)`` by one Transpose."""
     import onnx_ir
 
@@ -62,8 +52,8 @@ def _turn_once(node: ir.Node, known: Known) -> bool:
     source = None if merge is None else merge.inputs[0]
     if merge is None or source is None or node.outputs[0].is_graph_output():
         return False
-    found = zip(known(source), known(merge.outputs[0]), known(node.outputs[0]), strict=True)
-    if not all(_merges_heads(*sizes) for sizes in found):
+    found = (shapes_of(value, shapes) for value in (source, merge.outputs[0], node.outputs[0]))
+    if not all(_merges_heads(*sizes) for sizes in zip(*found, strict=True)):
         return False
     order, before = [0, 1, 3, 2], _made_by(source, "Transpose")
     if before is not None and _order(before) == _SWAP:  # two of them are one
@@ -105,7 +95,7 @@ def _scale_once(node: ir.Node) -> bool:
     return True
 
 
-def _set_zeros_last(model: ir.Model, node: ir.Node, known: Known) -> bool:
+def _set_zeros_last(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:
     """Move a choice between a number and ``(row, head, token, width)`` behind where heads are joined."""
     import onnx_ir
 
@@ -117,9 +107,10 @@ def _set_zeros_last(model: ir.Model, node: ir.Node, known: Known) -> bool:
         return False
     condition, _, context = node.inputs
     joined, result = join.outputs[0], node.outputs[0]
-    if condition is None or context is None or known(context) != known(result):
+    if condition is None or context is None or shapes_of(context, shapes) != shapes_of(result, shapes):
         return False
-    if not all(_chooses_tokens(*sizes) for sizes in zip(known(condition), known(result), known(joined), strict=True)):
+    found = (shapes_of(value, shapes) for value in (condition, result, joined))
+    if not all(_chooses_tokens(*sizes) for sizes in zip(*found, strict=True)):
         return False
     axes = constant([1])
     without_heads = onnx_ir.node("Squeeze", [condition, axes.outputs[0]])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_bucket.surgery import ELEMENTWISE, SIZES, Shapes, constant, insert_behind
+from hf_bucket.surgery import ELEMENTWISE, SIZES, Shapes, constant, has_inner_graphs, insert_behind, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,7 +29,7 @@ def flatten(model: ir.Model, shapes: Shapes) -> int:
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    if any(node.graph is not model.graph for node in model.graph.all_nodes()):
+    if has_inner_graphs(model):
         return 0
     lists = _Lists(model, shapes)
     layers = 0
@@ -106,7 +106,7 @@ class _Lists:
         """Return the axes of rows of tokens; None for any other value."""
         if value is None:
             return None
-        shapes = [self._shapes[size].get(str(value.name), ()) for size in SIZES]
+        shapes = shapes_of(value, self._shapes)
         for several in (True, False):
             leading = [(rows, tokens if several else 1) for rows, tokens in SIZES]
             if [shape[:2] for shape in shapes] == leading and shapes[0][2:] == shapes[1][2:] and len(shapes[0]) == 3:

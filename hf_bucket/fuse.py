@@ -16,12 +16,11 @@ from hf_bucket.costs import SHORTEST_S, Batches, compare
 from hf_bucket.errors import ExportError
 from hf_bucket.flatten import flatten
 from hf_bucket.fusions import FUSIONS, OWN, Fusion
-from hf_bucket.graph import load_graph, save_rewritten, shapes_at
+from hf_bucket.graph import load_graph, save_rewritten, shapes_by_size
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.manifest import FusionChoice
 from hf_bucket.session import Session
 from hf_bucket.session_ort import CPU, EngineOptions, OrtSession, open_graph
-from hf_bucket.surgery import SIZES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -142,7 +141,7 @@ def _rewrite(fusion: Fusion, graph: Path) -> None:
 
 
 def _by_flatten(model: ir.Model, graph: Path) -> ir.Model:
-    if not flatten(model, {size: shapes_at(graph, *size) for size in SIZES}):
+    if not flatten(model, shapes_by_size(graph)):
         raise ExportError("none of its linear layers takes rows of tokens")
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
 from hf_bucket.liveness import activation_bytes
 from hf_bucket.narrow import narrow
-from hf_bucket.surgery import SIZES, constant
+from hf_bucket.surgery import SIZES, Shapes, constant
 from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature, Task
 from hf_bucket.weights import check_external_data
 
@@ -203,9 +204,14 @@ def straighten_saved(path: Path) -> None:
     """Leave out of a saved graph what its attentions do not need; weights stay as they are: see ``straighten``."""
     onnx_ir, _ = _libraries()
     model = load_graph(path)
-    if straighten(model, {size: shapes_at(path, *size) for size in SIZES}):
+    if straighten(model, shapes_by_size(path)):
         tidy(model)
-        onnx_ir.save(model, path)
+        aside = path.with_suffix(".part")
+        try:
+            onnx_ir.save(model, aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def save_rewritten(model: ir.Model, graph: Path, target: Path) -> None:
@@ -263,6 +269,11 @@ def shapes_at(graph: Path, rows: int, tokens: int) -> dict[str, tuple[int, ...]]
     _fix_shapes(model, graph.parent, (rows, tokens))
     values = [value for node in model.graph for value in node.outputs if _is_static(value)]
     return {str(value.name): tuple(int(str(size)) for size in value.shape or ()) for value in values}
+
+
+def shapes_by_size(graph: Path) -> Shapes:
+    """Return the shapes of a graph's values that tell its axes apart."""
+    return {size: shapes_at(graph, *size) for size in SIZES}
 
 
 def _fix_shapes(model: ir.Model, folder: Path, size: tuple[int, ...]) -> None:

@@ -24,6 +24,16 @@ ELEMENTWISE = frozenset(
 )
 
 
+def has_inner_graphs(model: ir.Model) -> bool:
+    """Return whether there are branches or loops, whose bodies may read any value of the graph by its name."""
+    return any(node.graph is not model.graph for node in model.graph.all_nodes())
+
+
+def shapes_of(value: ir.Value, shapes: Shapes) -> list[tuple[int, ...]]:
+    """Return the shape of a value for each of ``SIZES``; () where it is not known."""
+    return [shapes[size].get(str(value.name), ()) for size in SIZES]
+
+
 def constant(numbers: Sequence[int]) -> ir.Node:
     """Return a node whose output is these numbers."""
     import onnx_ir

@@ -17,7 +17,7 @@ import hf_bucket
 from hf_bucket.artifact import GRAPH
 from hf_bucket.attention import straighten
 from hf_bucket.compile import CompileOptions, compile_model
-from hf_bucket.graph import load_graph
+from hf_bucket.graph import load_graph, straighten_saved
 from hf_bucket.source import Source
 from hf_bucket.surgery import SIZES
 
@@ -351,6 +351,21 @@ def test_a_compiled_bert_has_no_more_than_it_needs(tiny_bert: Path) -> None:
     assert layers == 2
     assert operators["Transpose"] == operators["Reshape"] == 4 * layers
     assert operators["Where"] == layers
+
+
+def test_a_graph_that_cannot_be_written_again_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model: ir.Model, path: Path, **options: object) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    graph = tmp_path / GRAPH
+    graph.write_bytes(parsed(ATTENTION).SerializeToString())
+    monkeypatch.setattr(ir, "save", full)
+    before = graph.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        straighten_saved(graph)
+    assert graph.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [graph]
 
 
 def test_a_graph_that_cannot_be_straightened_is_used_as_it_is(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,10 @@ from hf_bucket.artifact import GRAPH
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import ModelError
 from hf_bucket.flatten import flatten
-from hf_bucket.graph import load_graph, save_rewritten, shapes_at
+from hf_bucket.graph import load_graph, save_rewritten, shapes_by_size
 from hf_bucket.probes import PROBES, load_probes, validate
 from hf_bucket.session_ort import EngineOptions, OrtSession, open_graph
 from hf_bucket.source import Source
-from hf_bucket.surgery import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +91,7 @@ def test_linear_layers_on_lists_of_tokens_give_unpadded_torchs_answer(
     compiled = compile_model(Source(name=str(tmp_path)), CompileOptions(buckets=[6, 13], batch_sizes=[1, 3]))
     graph = Path(shutil.copytree(compiled.folder, tmp_path / "compiled")) / GRAPH
     model = load_graph(graph)
-    assert flatten(model, {size: shapes_at(graph, *size) for size in SIZES}) == layers
+    assert flatten(model, shapes_by_size(graph)) == layers
     save_rewritten(model, graph, graph)
     shared = open_graph(graph, EngineOptions(threads=1))
     signature = compiled.manifest.signature
