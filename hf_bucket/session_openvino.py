@@ -97,9 +97,14 @@ _forked = False  # whether a parent of this process had used OpenVINO before it 
 
 
 def _core(openvino: Any) -> Any:
-    """Return the process's one core; it starts threads that all compiled graphs share."""
+    """Return the process's one core; it starts threads that all compiled graphs share.
+
+    OpenVINO's bindings make their tables of numpy's types when those are first asked for, and two threads that do so at
+    once wait for each other for ever (seen with 2026.4): they are made here, by one thread.
+    """
     with _lock:
         if "core" not in _alive:
+            openvino.Type(np.dtype(np.float32)).to_dtype()
             _alive["core"] = openvino.Core()
         return _alive["core"]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import text_of
-from promises import TEXTS, answer_of_a_child, check_sixteen_threads, logits
+from promises import LATE_S, TEXTS, answer_of_a_child, check_sixteen_threads, logits
 
 import hf_bucket
 from hf_bucket import session_ort
@@ -49,6 +51,34 @@ def test_a_text_longer_than_any_bucket_runs_at_its_own_length(compiled: Artifact
 def test_sixteen_threads_get_the_sequential_answers(compiled: Artifact, plain: np.ndarray) -> None:
     runner = load(compiled, workers=2)
     check_sixteen_threads(runner, TEXTS, plain)
+
+
+FIRST_RUNS = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+from hf_bucket.session_openvino import open_openvino
+
+path, inputs = Path(sys.argv[1]), sys.argv[2:]
+engine = open_openvino(path, threads=1, streams=4, options={})
+arrays = {name: np.ones((1, 8), dtype=np.int64) for name in inputs}
+ready = threading.Barrier(8)
+
+def run():
+    ready.wait()
+    engine.run(["logits"], arrays)
+
+sys.setswitchinterval(1e-6)
+threads = [threading.Thread(target=run) for _ in range(8)]
+for thread in threads:
+    thread.start()
+"""
+
+
+def test_the_first_runs_of_a_process_may_come_at_once(compiled: Artifact) -> None:
+    """OpenVINO's bindings would wait for themselves: without ``_core``'s care most such processes hang."""
+    graph, inputs = compiled.folder / GRAPH, compiled.manifest.signature.input_names
+    subprocess.run([sys.executable, "-c", FIRST_RUNS, graph, *inputs], check=True, timeout=LATE_S)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
