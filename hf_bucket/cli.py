@@ -273,22 +273,22 @@ def _tune(options: argparse.Namespace) -> int:
     asked = EngineOptions(mode="shared" if options.mode == "auto" else options.mode, provider=options.provider)
     part = options.seconds / (1 + (options.mode == "auto") + (options.provider == "auto"))
     trial = Trial(budget_s=part, available=room(None), again=True)
-    provider = choose_provider(artifact, asked, trial)
+    engine = choose_provider(artifact, asked, trial)
     ratios = provider_ratios(artifact, asked)
-    engine = replace(asked, provider=provider)
-    if options.mode == "auto":
+    if options.mode == "auto" and not engine.provider_of_many:
         choice = choose_mode(artifact, replace(engine, mode="auto"), trial)
         engine = replace(engine, mode=choice.mode)
     runner = Runner(artifact, RunOptions(engine=engine))
     costs = runner.measure(part)
     if options.json:
         chosen: dict[str, object] = {} if choice is None else {"choice": choice.to_json()}
-        figures = {**costs.to_json(), **chosen, "provider": provider}
+        providers = {"provider": engine.provider, "provider_of_many": engine.for_many_batches().provider}
+        figures = {**costs.to_json(), **chosen, **providers}
         figures["providers"] = {name: asdict(one) for name, one in ratios.items()}
         print(json.dumps(figures, indent=2))
     else:
         modes = [] if choice is None else [describe_choice(choice)]
-        print(describe_providers(provider, ratios), *modes, describe_costs(costs, runner.ladder), sep="\n\n")
+        print(describe_providers(engine, ratios), *modes, describe_costs(costs, runner.ladder), sep="\n\n")
     runner.close()
     return 0
 

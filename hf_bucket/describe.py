@@ -14,6 +14,7 @@ from hf_bucket.memory import FASTER, Footprint, footprint, sets_of
 if TYPE_CHECKING:
     from hf_bucket.costs import Costs
     from hf_bucket.preflight import Choice, Ratios
+    from hf_bucket.session_ort import EngineOptions
 
 
 def describe_artifact(artifact: Artifact, *, at_once: int) -> str:
@@ -179,13 +180,14 @@ def describe_costs(costs: Costs, ladder: Ladder) -> str:
     return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{single}{used}"
 
 
-def describe_providers(provider: str, ratios: Mapping[str, Ratios]) -> str:
-    """Return which provider runs the model here, and what others take."""
+def describe_providers(engine: EngineOptions, ratios: Mapping[str, Ratios]) -> str:
+    """Return which providers run the model here, and what others take."""
     others = [
         f"{name} takes {one.many:.3f} of the CPU provider's time for many batches at once, {one.one:.3f} for one row"
         for name, one in ratios.items()
     ]
-    return f"provider {provider}: {'; '.join(others) or 'no other was measured'}."
+    many = f" for a few rows and {engine.provider_of_many} for many, in shared mode" if engine.provider_of_many else ""
+    return f"provider {engine.provider}{many}: {'; '.join(others) or 'no other was measured'}."
 
 
 def describe_choice(choice: Choice) -> str:

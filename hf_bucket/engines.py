@@ -64,7 +64,8 @@ class Engines:
         self._lock = threading.Lock()
         self._many = self._one.for_many_batches()
         self._workers = Workers(self._many.workers)
-        self._opened: dict[tuple[int, int], Mapping[Bucket, Session]] = {}  # by threads of a run, and runs at once
+        # by provider, threads of a run, and runs at once
+        self._opened: dict[tuple[str, int, int], Mapping[Bucket, Session]] = {}
         self._exact: Callable[[Bucket], Session] | None = None
         self._pid = os.getpid()  # last: other threads of a forked child look at it first
 
@@ -143,16 +144,17 @@ class Engines:
 
     def _sessions(self, options: EngineOptions) -> Mapping[Bucket, Session]:
         """Return the sessions made with these options; they are opened once."""
-        uses = options.threads, options.workers if options is self._many else 1
-        if uses not in self._opened:
+        workers = options.workers if options is self._many else 1
+        key = options.provider, options.threads, workers
+        if key not in self._opened:
             if self._was_open:
                 self._artifact.check_unchanged()  # it may be another one by now
-            self._opened[uses] = sessions = self._make(self._artifact, replace(options, workers=uses[1]))
+            self._opened[key] = sessions = self._make(self._artifact, replace(options, workers=workers))
             if self._warmup and not (options is self._many and self._was_open):
                 for bucket in self._artifact.manifest.ladder:
                     sessions[bucket].run(self._batches(bucket))
             self._was_open = True
-        return self._opened[uses]
+        return self._opened[key]
 
     def _leave_parent(self) -> None:
         """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""

@@ -19,7 +19,7 @@ from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, BucketWarning, InputError, ProviderError
 from hf_bucket.ladder import Bucket, Ladder
 from hf_bucket.machine import available_bytes, machine_folder, measured_once, read_figures, write_figures
-from hf_bucket.memory import FASTER, Footprint, check_fits, footprint, sets_of
+from hf_bucket.memory import FASTER, Footprint, check_fits, footprint
 from hf_bucket.probes import sampler
 from hf_bucket.session import Session
 from hf_bucket.session_ort import (
@@ -88,12 +88,12 @@ def check_memory_bytes(value: object) -> None:
 def takes(artifact: Artifact, options: EngineOptions) -> Footprint:
     """Return what running an artifact with these options takes."""
     many = options.for_many_batches()
-    sets = 1 if many.threads == options.threads else sets_of(many.workers)
-    provider = resolve_provider(options.provider)
+    alike = many.workers == 1 or (many.threads, many.provider) == (options.threads, options.provider)
+    providers = [resolve_provider(use.provider) for use in ([many] if alike else [options, many])]
     # on CUDA all buckets run one session in static mode too
-    mode: memory.Mode = "static" if options.mode == "static" and provider != CUDA else "shared"
+    mode: memory.Mode = "static" if options.mode == "static" and CUDA not in providers else "shared"
     each = len(artifact.manifest.ladder) if mode == "static" else 1
-    copies = 0 if provider == CPU else sets * each
+    copies, sets = each * sum(provider != CPU for provider in providers), len(providers)
     return footprint(artifact.manifest, mode=mode, at_once=many.workers, sets=sets, copies=copies)
 
 
@@ -138,13 +138,15 @@ def settle(artifact: Artifact, options: EngineOptions, trial: Trial) -> EngineOp
     trial = replace(trial, budget_s=trial.budget_s / max(1, open_questions))
     shared = replace(options, mode="shared") if options.mode == "auto" else options
     check_fits(takes(artifact, shared), trial.available)
-    options = replace(options, provider=choose_provider(artifact, shared, trial))
-    return options if options.mode != "auto" else replace(options, mode=choose_mode(artifact, options, trial).mode)
+    chosen = choose_provider(artifact, shared, trial)
+    if options.mode != "auto" or chosen.provider_of_many:  # two providers take memory enough without static mode
+        return chosen
+    return replace(chosen, mode=choose_mode(artifact, replace(chosen, mode="auto"), trial).mode)
 
 
 def after_fork(asked: EngineOptions, settled: EngineOptions) -> EngineOptions:
     """Return what a forked child runs on: the CPU provider if ``"auto"`` chose OpenVINO: its threads stayed behind."""
-    if asked.provider != "auto" or settled.provider != OPENVINO:
+    if asked.provider != "auto" or OPENVINO not in (settled.provider, settled.provider_of_many):
         return settled
     warnings.warn(
         "in this forked process the model runs on onnxruntime's CPU provider, since OpenVINO's threads do not survive "
@@ -152,28 +154,28 @@ def after_fork(asked: EngineOptions, settled: EngineOptions) -> EngineOptions:
         BucketWarning,
         stacklevel=4,
     )
-    return replace(settled, provider=CPU)
+    return replace(settled, provider=CPU, provider_of_many=None)
 
 
-def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) -> str:
-    """Return what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
+def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) -> EngineOptions:
+    """Return the options with what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
 
-    Faster is one that is clearly so for as many batches at once as would run in use, since what engines take from each
-    other counts, or for a request of one row, and no slower for the other of the two. Figures stay in the machine's
-    cache. The CPU provider's are runs too short to tell anything apart, and static mode, where others hold the weights
-    once for every bucket.
+    It is chosen for as many batches at once as would run in use, since what engines take from each other counts, and
+    for a request of one row: one may be faster for many and another for one. Figures stay in the machine's cache. The CPU provider's are runs too short to tell
+    anything apart, and static mode, where others hold the weights once for every bucket.
     """
     if options.provider != "auto":
-        return options.provider
+        return options
+    on_cpu = replace(options, provider=CPU)
     if options.mode == "static":
-        return CPU
+        return on_cpu
     fitting = [
         name
         for name in auto_providers()
         if trial.available is None or takes(artifact, replace(options, provider=name)).total <= trial.available
     ]
     if not fitting:
-        return CPU
+        return on_cpu
     path = _figures(artifact, options, f"providers-{options.mode}")
 
     def read() -> dict[str, Ratios] | None:
@@ -187,8 +189,25 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
         return {name: ratios for name, ratios in (compared or {}).items() if ratios is not None}
 
     kept = measured_once(path, read, measured, again=trial.again) if trial.budget_s else read() or {}
-    faster = {name: ratios.many * ratios.one for name, ratios in kept.items() if ratios.faster}
-    return min(faster, key=faster.__getitem__, default=CPU)
+    one, many = _fastest(kept, options)
+    return replace(options, provider=one, provider_of_many=None if one == many else many)
+
+
+def _fastest(kept: Mapping[str, Ratios], options: EngineOptions) -> tuple[str, str]:
+    """Return the providers of a request of one row, and of many batches at once.
+
+    A provider that runs one batch after another has one session for both uses.
+    """
+    parted = {
+        name: ratios for name, ratios in kept.items() if replace(options, provider=name).for_many_batches().workers > 1
+    }
+    one = {name: ratios.one for name, ratios in parted.items() if ratios.one <= _WORTH}
+    many = {name: ratios.many for name, ratios in parted.items() if ratios.many <= _WORTH}
+    if one or many:
+        return min(one, key=one.__getitem__, default=CPU), min(many, key=many.__getitem__, default=CPU)
+    both = {name: ratios.many * ratios.one for name, ratios in kept.items() if name not in parted and ratios.for_both}
+    name = min(both, key=both.__getitem__, default=CPU)
+    return name, name
 
 
 def _kept_ratios(path: Path, names: Sequence[str]) -> dict[str, Ratios] | None:
@@ -217,7 +236,7 @@ class Ratios:
     one: float
 
     @property
-    def faster(self) -> bool:
+    def for_both(self) -> bool:
         """Whether the provider is clearly faster in one use, and no slower in the other."""
         return min(self.many, self.one) <= _WORTH and max(self.many, self.one) <= _NO_SLOWER
 
@@ -269,7 +288,7 @@ def _compare_providers(
                 continue
             stack.enter_context(contextlib.closing(other))
             many, one = _ratio(own.many, other.many, batches, each), _ratio(own.one, other.one, batches, each)
-            if Ratios(many=many, one=one).faster:  # once more: what a busy moment seemed to show does not come twice
+            if min(many, one) <= _WORTH:  # once more: what a busy moment seemed to show does not come twice
                 many = max(many, _ratio(own.many, other.many, batches, each))
                 one = max(one, _ratio(own.one, other.one, batches, each))
             ratios[name] = Ratios(many=many, one=one)

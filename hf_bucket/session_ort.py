@@ -64,6 +64,7 @@ class EngineOptions:
         mode: ``"shared"`` runs every bucket on one graph with free dimensions; ``"static"`` gives every bucket a
             session of its own, with fixed shapes; ``"auto"`` is static where that is faster and fits (``preflight``).
         provider: an onnxruntime execution provider by name, or ``"auto"``.
+        provider_of_many: the one that runs many batches at once, where that is another than ``provider``.
         provider_options: passed to the provider as they are; onnxruntime's CPU provider has none.
         threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
             one for each of many batches that run at once.
@@ -73,6 +74,7 @@ class EngineOptions:
 
     mode: Mode = "shared"
     provider: str = "auto"
+    provider_of_many: str | None = None
     provider_options: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
     workers: int = 0
@@ -99,10 +101,11 @@ class EngineOptions:
 
     def for_many_batches(self) -> EngineOptions:
         """Return the options of sessions that several workers use at once, and how many workers there are."""
-        threads = self.threads or 1
-        on_cpu = resolve_provider(self.provider) in (CPU, OPENVINO)
+        threads, provider = self.threads or 1, self.provider_of_many or self.provider
+        on_cpu = resolve_provider(provider) in (CPU, OPENVINO)
         workers = self.workers or (max(1, usable_cores() // threads) if on_cpu else 1)
-        return replace(self, workers=workers, threads=threads if workers > 1 else self.threads)
+        threads = threads if workers > 1 else self.threads
+        return replace(self, provider=provider, provider_of_many=None, workers=workers, threads=threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,9 +456,10 @@ def versioned(provider: str) -> str:
 
 
 def named(options: EngineOptions) -> str:
-    """Return a name of the provider and its options, for what was measured with them."""
+    """Return a name of the providers and their options, for what was measured with them."""
     given = hashlib.sha256(repr(sorted(options.provider_options.items())).encode()).hexdigest()[:8]
-    return f"{versioned(resolve_provider(options.provider))}{f'-{given}' if options.provider_options else ''}"
+    many = f"-{versioned(options.provider_of_many)}" if options.provider_of_many else ""
+    return f"{versioned(resolve_provider(options.provider))}{many}{f'-{given}' if options.provider_options else ''}"
 
 
 def auto_providers() -> list[str]:

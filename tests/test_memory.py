@@ -26,7 +26,7 @@ from hf_bucket.machine import available_bytes, usable_cores
 from hf_bucket.manifest import FileRecord, Manifest
 from hf_bucket.memory import ARENA, SESSION, Footprint, Mode, check_fits, footprint
 from hf_bucket.runner import Runner, RunOptions
-from hf_bucket.session_ort import EngineOptions
+from hf_bucket.session_ort import CPU, EngineOptions
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -143,6 +143,21 @@ def test_more_workers_need_more(artifact: Artifact) -> None:
     assert four.total - one.total == 3 * one.activations["b3_s64"]
     both = preflight.takes(artifact, EngineOptions(workers=4))  # on one thread each, and on every core
     assert both.sessions == 2 * four.sessions
+
+
+@pytest.mark.parametrize(
+    ("providers", "copies"),
+    [(("other", None), 2), (("other", CPU), 1), ((CPU, "other"), 1), ((CPU, None), 0)],
+    ids=["one provider", "of one row", "of many batches", "the CPU's"],
+)
+def test_a_provider_other_than_the_cpus_packs_the_weights_for_every_use_that_it_has(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, providers: tuple[str, str | None], copies: int
+) -> None:
+    monkeypatch.setattr("hf_bucket.session_ort.installed_providers", lambda: [CPU, "other"])
+    once = preflight.takes(artifact, EngineOptions(provider=CPU, workers=2))
+    one, many = providers
+    found = preflight.takes(artifact, EngineOptions(provider=one, provider_of_many=many, workers=2))
+    assert (found.weights, found.sessions) == ((1 + copies) * once.weights, once.sessions)
 
 
 def test_on_cuda_static_mode_takes_what_shared_mode_does(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

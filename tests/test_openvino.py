@@ -17,8 +17,9 @@ from hf_bucket import session_ort
 from hf_bucket.artifact import GRAPH, Artifact
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import ArtifactError, DependencyError, ProviderError
+from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_openvino import open_openvino
-from hf_bucket.session_ort import OPENVINO, resolve_provider
+from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions, resolve_provider
 from hf_bucket.source import Source
 
 pytest.importorskip("openvino", reason='openvino is not installed; pip install "hf-bucket[openvino]"')
@@ -57,6 +58,7 @@ FIRST_RUNS = """
 import sys, threading
 from pathlib import Path
 import numpy as np
+from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_openvino import open_openvino
 
 path, inputs = Path(sys.argv[1]), sys.argv[2:]
@@ -79,6 +81,19 @@ def test_the_first_runs_of_a_process_may_come_at_once(compiled: Artifact) -> Non
     """OpenVINO's bindings would wait for themselves: without ``_core``'s care most such processes hang."""
     graph, inputs = compiled.folder / GRAPH, compiled.manifest.signature.input_names
     subprocess.run([sys.executable, "-c", FIRST_RUNS, graph, *inputs], check=True, timeout=LATE_S)
+
+
+@pytest.mark.parametrize(("one", "many"), [(OPENVINO, CPU), (CPU, OPENVINO)])
+def test_two_providers_that_share_the_work_give_the_same_answers(
+    compiled: Artifact, plain: np.ndarray, one: str, many: str
+) -> None:
+    engine = EngineOptions(provider=one, provider_of_many=many, workers=2)
+    runner = Runner(compiled, RunOptions(engine=engine, measure_s=0.1))
+    np.testing.assert_allclose(logits(runner, TEXTS * 10), np.concatenate([plain] * 10), atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([logits(runner, [text]) for text in TEXTS]), plain, atol=1e-5)
+    check_sixteen_threads(runner, TEXTS, plain)
+    runner.close()
+    np.testing.assert_allclose(logits(runner, TEXTS), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

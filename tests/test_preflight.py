@@ -156,6 +156,11 @@ def test_without_a_budget_nothing_is_measured_and_shared_is_taken(artifact: Arti
 # providers
 
 
+Providers = tuple[str, str]
+ON_CPU = (CPU, CPU)
+BOTH = (OPENVINO, OPENVINO)
+
+
 class Rival(Bench):
     """Engines by provider: a run of another one takes ``ratio`` of what it does on the CPU provider, and ``one`` of it
     where the run has every core.
@@ -171,34 +176,71 @@ class Rival(Bench):
         return self.timed(artifact.manifest.ladder, factor)
 
 
-def provided(artifact: Artifact, bench: Bench, **options: object) -> str:
-    return choose_provider(artifact, EngineOptions(workers=2), trial(bench, **options))
+def provided(artifact: Artifact, bench: Bench, asked: EngineOptions | None = None, **options: object) -> Providers:
+    """Return the providers of a request of one row, and of many batches."""
+    settled = choose_provider(artifact, asked or EngineOptions(workers=2), trial(bench, **options))
+    return settled.provider, settled.for_many_batches().provider
 
 
 @pytest.mark.parametrize(
-    ("many", "one", "provider"),
+    ("many", "one", "providers"),
     [
-        pytest.param(0.5, 1.0, OPENVINO, id="twice as fast"),
-        pytest.param(0.94, 1.01, OPENVINO, id="faster"),
-        pytest.param(1.01, 0.94, OPENVINO, id="faster for one"),
-        pytest.param(0.96, 0.96, CPU, id="not worth it"),
-        pytest.param(1.1, 0.5, CPU, id="slower for many"),
-        pytest.param(0.5, 1.1, CPU, id="slower for one"),
-        pytest.param(1.5, 1.5, CPU, id="slower"),
+        pytest.param(0.5, 0.5, BOTH, id="twice as fast"),
+        pytest.param(0.94, 1.01, (CPU, OPENVINO), id="faster for many"),
+        pytest.param(1.1, 0.94, (OPENVINO, CPU), id="faster for one"),
+        pytest.param(0.96, 0.96, ON_CPU, id="not worth it"),
+        pytest.param(1.5, 1.5, ON_CPU, id="slower"),
     ],
 )
-def test_another_provider_is_taken_where_it_is_faster_for_many_or_one_and_no_slower_for_the_other(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, provider: str
+def test_another_provider_is_taken_for_what_it_is_faster_at(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, providers: Providers
 ) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
     bench = Rival(many, one, first_s=5.0)
-    assert provided(artifact, bench) == provider
+    assert provided(artifact, bench) == providers
     assert bench.opened == [(CPU, 6)] * 2 + [(OPENVINO, 6)] * 2, "three lengths, two batch sizes, both uses"
     assert bench.closed == 24
     (found,) = provider_ratios(artifact, EngineOptions(workers=2)).values()
     assert (found.many, found.one) == (pytest.approx(many), pytest.approx(one))
-    assert provided(artifact, Rival(1 / many)) == provider, "kept"
-    assert provided(artifact, Rival(0.5), again=True) == OPENVINO
+    assert provided(artifact, Rival(1 / many, 1 / one)) == providers, "kept"
+    assert provided(artifact, Rival(0.5, 0.5), again=True) == BOTH
+
+
+@pytest.mark.parametrize(
+    ("many", "one", "providers"),
+    [
+        pytest.param(0.94, 1.01, BOTH, id="faster for many"),
+        pytest.param(1.01, 0.94, BOTH, id="faster for one"),
+        pytest.param(1.1, 0.5, ON_CPU, id="slower for many"),
+        pytest.param(0.5, 1.1, ON_CPU, id="slower for one"),
+        pytest.param(0.96, 0.96, ON_CPU, id="not worth it"),
+    ],
+)
+def test_where_one_session_serves_both_uses_a_provider_that_is_slower_for_either_is_not_taken(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, providers: Providers
+) -> None:
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    ratios = {OPENVINO: preflight.Ratios(many=many, one=one)}
+    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    assert provided(artifact, Rival(1.0), EngineOptions(workers=1)) == providers
+
+
+def test_the_faster_of_several_providers_is_taken_and_each_use_has_its_own(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, OPENVINO, "other", "third"])
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO, "other", "third"])
+    pairs = {OPENVINO: (0.6, 0.9), "other": (0.7, 0.8), "third": (0.9, 0.9)}
+    ratios = {name: preflight.Ratios(many=many, one=one) for name, (many, one) in pairs.items()}
+    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    assert provided(artifact, Rival(1.0)) == ("other", OPENVINO)
+    # by itself a provider other than these two runs one batch after another, in the sessions of single requests
+    ratios["other"] = preflight.Ratios(many=0.1, one=0.1)
+    asked = EngineOptions(threads=1)
+    monkeypatch.setattr(session_ort, "usable_cores", lambda: 2)
+    assert provided(artifact, Rival(1.0), asked) == BOTH
+    ratios[OPENVINO] = preflight.Ratios(many=1.0, one=1.0)
+    assert provided(artifact, Rival(1.0), asked, again=True) == ("other", "other")
 
 
 def test_another_provider_that_was_faster_only_once_is_not_taken(
@@ -207,14 +249,14 @@ def test_another_provider_that_was_faster_only_once_is_not_taken(
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
     ratios = iter([0.5, 1.0, 1.2, 0.9])
     monkeypatch.setattr(preflight, "_ratio", lambda *_: next(ratios))
-    assert provided(artifact, Rival(0.5)) == CPU
+    assert provided(artifact, Rival(0.5)) == ON_CPU
     (found,) = provider_ratios(artifact, EngineOptions(workers=2)).values()
     assert (found.many, found.one) == (1.2, 1.0)
 
 
 def test_ratios_that_were_damaged_are_measured_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    assert provided(artifact, Rival(0.5)) == OPENVINO
+    assert provided(artifact, Rival(0.5, 0.5)) == BOTH
     (path,) = cache_root().rglob("providers-*.json")
     for text in (
         "",
@@ -226,7 +268,7 @@ def test_ratios_that_were_damaged_are_measured_again(artifact: Artifact, monkeyp
     ):
         path.write_text(text.replace("NAME", versioned(OPENVINO)))
         bench = Rival(2.0)
-        assert provided(artifact, bench) == CPU
+        assert provided(artifact, bench) == ON_CPU
         assert bench.opened
 
 
@@ -234,14 +276,15 @@ def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Rival(0.5)
-    assert choose_provider(artifact, replace(AUTO, provider=CPU), trial(bench)) == CPU
+    named = replace(AUTO, provider=CPU)
+    assert choose_provider(artifact, named, trial(bench)) == named
     monkeypatch.setattr(preflight, "auto_providers", list)
-    assert provided(artifact, bench) == CPU
+    assert provided(artifact, bench) == ON_CPU
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
     static = EngineOptions(mode="static", workers=2)
-    assert choose_provider(artifact, static, trial(bench)) == CPU, "it would hold the weights once for every bucket"
-    assert provided(artifact, bench, available=1) == CPU
-    assert provided(artifact, bench, budget_s=0.0) == CPU
+    assert provided(artifact, bench, static) == ON_CPU, "it would hold the weights once for every bucket"
+    assert provided(artifact, bench, available=1) == ON_CPU
+    assert provided(artifact, bench, budget_s=0.0) == ON_CPU
     assert bench.opened == []
 
 
@@ -251,9 +294,9 @@ def test_runs_too_short_to_tell_providers_apart_stay_on_the_cpu_provider(
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
     monkeypatch.setattr(preflight, "_WORTH_S", 1.0)
     bench = Rival(0.5)
-    assert provided(artifact, bench) == CPU
+    assert provided(artifact, bench) == ON_CPU
     assert bench.opened == [(CPU, 6)] * 2
-    assert provided(artifact, bench) == CPU
+    assert provided(artifact, bench) == ON_CPU
     assert bench.opened == [(CPU, 6)] * 2, "kept"
 
 
@@ -271,9 +314,9 @@ def test_a_provider_that_cannot_run_the_model_is_left_out_with_a_warning(
     monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, OPENVINO, "OtherExecutionProvider"])
     before, bench = set(threading.enumerate()), Half(0.5)
     with pytest.warns(BucketWarning, match='provider="auto" leaves out openvino: no such operator'):
-        assert provided(artifact, bench) == "OtherExecutionProvider"
+        assert provided(artifact, bench) == (CPU, "OtherExecutionProvider")
     opened = len(bench.opened)
-    assert provided(artifact, bench) == "OtherExecutionProvider"
+    assert provided(artifact, bench) == (CPU, "OtherExecutionProvider")
     assert len(bench.opened) == opened, "kept, that it cannot run the model too; and no second warning"
     assert set(threading.enumerate()) <= before
 
@@ -284,21 +327,32 @@ def test_a_forked_child_of_a_model_that_auto_put_on_openvino_says_that_it_runs_e
         assert after_fork(EngineOptions(), settled).provider == CPU
     assert after_fork(settled, settled) == settled, "it was asked for by name"
     assert after_fork(EngineOptions(), EngineOptions(provider=CPU)).provider == CPU
+    for one, many in ((OPENVINO, CPU), (CPU, OPENVINO)):
+        parted = EngineOptions(provider=one, provider_of_many=many)
+        with pytest.warns(BucketWarning, match="OpenVINO's threads do not survive a fork"):
+            assert after_fork(EngineOptions(), parted) == EngineOptions(provider=CPU)
 
 
-def test_what_is_settled_leaves_nothing_open(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "choose_provider", lambda *arguments, **options: OPENVINO)
-    bench = Bench(0.5)
-    found = settle(artifact, AUTO, trial(bench, batches=lambda bucket: {}, budget_s=1e-9))
-    assert (found.provider, found.mode in ("shared", "static")) == (OPENVINO, True)
+@pytest.mark.parametrize(("many", "mode"), [(None, "static"), (CPU, "shared")], ids=["one provider", "two"])
+def test_what_is_settled_leaves_nothing_open(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: str | None, mode: str
+) -> None:
+    """Static mode would have one of two providers hold the weights once for every bucket."""
+
+    def chosen(artifact: Artifact, options: EngineOptions, one: Trial) -> EngineOptions:
+        return replace(options, provider=OPENVINO, provider_of_many=many)
+
+    monkeypatch.setattr(preflight, "choose_provider", chosen)
+    found = settle(artifact, AUTO, trial(Bench(0.5), batches=lambda bucket: {}))
+    assert (found.provider, found.provider_of_many, found.mode) == (OPENVINO, many, mode)
 
 
 def test_open_questions_share_the_budget(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     spent: list[float] = []
 
-    def provider(artifact: Artifact, options: EngineOptions, one: Trial) -> str:
+    def provider(artifact: Artifact, options: EngineOptions, one: Trial) -> EngineOptions:
         spent.append(one.budget_s)
-        return CPU
+        return replace(options, provider=CPU)
 
     def mode(artifact: Artifact, options: EngineOptions, one: Trial) -> Choice:
         spent.append(one.budget_s)
@@ -369,6 +423,41 @@ def test_a_runner_opens_the_mode_that_was_chosen(
     assert len(runner(["w1"])) == 1
 
 
+@pytest.mark.parametrize(("one", "many"), [(OPENVINO, CPU), (CPU, OPENVINO), (CPU, CPU)])
+def test_a_request_of_one_row_and_one_of_many_run_on_the_providers_chosen_for_them(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, one: str, many: str
+) -> None:
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    ratios = preflight.Ratios(many=0.5 if many == OPENVINO else 1.5, one=0.5 if one == OPENVINO else 1.5)
+    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: {OPENVINO: ratios})
+    opened: list[tuple[str, int]] = []
+    ran: list[str] = []
+
+    def engine(artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+        opened.append((options.provider, options.workers))
+
+        class Named(FakeSession):
+            def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+                ran.append(options.provider)
+                return super().run(arrays)
+
+        return {bucket: Named(bucket) for bucket in artifact.manifest.ladder}
+
+    runner = Runner(artifact, RunOptions(engine=EngineOptions(workers=2), measure_s=1e-9), engine=engine)
+    assert opened == [(one, 1), (many, 2)]
+    ran.clear()
+    runner(["w1"])
+    assert ran == [one]
+    ran.clear()
+    runner(["w1 w2"] * 30)
+    assert set(ran) == {many}
+    (costs,) = [path.name for path in cache_root().rglob("*-shared-1x2.json") if "providers" not in path.name]
+    assert (versioned(one) in costs, versioned(many) in costs) == (True, True)
+    runner.close()
+    runner(["w1"])
+    assert opened == [(one, 1), (many, 2), (one, 1)]
+
+
 def _answers(runner: Runner, queue: object) -> None:
     queue.put(np.stack([row["logits"] for row in runner(TEXTS)]))  # type: ignore[attr-defined]
 
@@ -424,6 +513,25 @@ def test_tune_says_which_mode_and_why(
     assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1", "--json"]) == 0
     choice = json.loads(capfd.readouterr().out)["choice"]
     assert (choice["mode"], choice["seconds"]) == ("static", {"b1_s8": {"shared": 0.004, "static": 0.003}})
+
+
+def test_tune_says_which_provider_runs_what(
+    compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    pytest.importorskip("openvino", reason='openvino is not installed; pip install "hf-bucket[openvino]"')
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(session_ort, "usable_cores", lambda: 2)
+    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    ratios = {OPENVINO: preflight.Ratios(many=1.04, one=0.9)}
+    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1"]) == 0
+    assert capfd.readouterr().out.startswith(
+        "provider openvino for a few rows and CPUExecutionProvider for many, in shared mode: "
+        "openvino takes 1.040 of the CPU provider's time for many batches at once, 0.900 for one row."
+    )
+    assert main(["tune", str(compiled.folder), "--seconds", "0.1", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert (told["provider"], told["provider_of_many"]) == (OPENVINO, CPU)
 
 
 @pytest.mark.parametrize(
