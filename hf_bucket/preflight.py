@@ -161,8 +161,9 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
     """Return the options with what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
 
     It is chosen for as many batches at once as would run in use, since what engines take from each other counts, and
-    for a request of one row: one may be faster for many and another for one. Figures stay in the machine's cache. The CPU provider's are runs too short to tell
-    anything apart, and static mode, where others hold the weights once for every bucket.
+    for a request of one row: one may be faster for many and another for one. Figures stay in the machine's cache. The
+    CPU provider's are runs too short to tell anything apart, and static mode, where others hold the weights once for
+    every bucket.
     """
     if options.provider != "auto":
         return options
