@@ -270,13 +270,13 @@ def _tune(options: argparse.Namespace) -> int:
     from hf_bucket.session_ort import EngineOptions
 
     artifact, choice = open_artifact(options.artifact), None
-    asked = EngineOptions(mode="shared" if options.mode == "auto" else options.mode, provider=options.provider)
+    asked = EngineOptions(mode=options.mode, provider=options.provider)
     part = options.seconds / (1 + (options.mode == "auto") + (options.provider == "auto"))
     trial = Trial(budget_s=part, available=room(None), again=True)
     engine = choose_provider(artifact, asked, trial)
     ratios = provider_ratios(artifact, asked)
-    if options.mode == "auto" and not engine.provider_of_many:
-        choice = choose_mode(artifact, replace(engine, mode="auto"), trial)
+    if options.mode == "auto":
+        choice = choose_mode(artifact, engine, trial)
         engine = replace(engine, mode=choice.mode)
     runner = Runner(artifact, RunOptions(engine=engine))
     costs = runner.measure(part)

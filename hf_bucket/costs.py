@@ -212,7 +212,12 @@ def measure(
 
 
 def compare(
-    systems: Mapping[str, Sessions], batches: Batches, *, budget_s: float, clock: Clock = time.perf_counter
+    systems: Mapping[str, Sessions],
+    batches: Batches,
+    *,
+    budget_s: float,
+    least: int = 1,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, dict[Bucket, float]]:
     """Return the median seconds of a run of every bucket by several systems, which take turns over each batch.
 
@@ -221,6 +226,7 @@ def compare(
     Args:
         systems: sessions of the same buckets, by name.
         budget_s: seconds to spend, about.
+        least: runs of a bucket by each system that count, whatever they take.
     """
     end = clock() + budget_s
     found: dict[str, dict[Bucket, float]] = {name: {} for name in systems}
@@ -236,7 +242,7 @@ def compare(
                 start = clock()
                 sessions[bucket].run(arrays)
                 times[name].append(clock() - start)
-            if number and clock() >= until:
+            if number >= least and clock() >= until:
                 break
         for name, seconds in times.items():
             found[name][bucket] = median(seconds[1:])

@@ -186,7 +186,7 @@ def describe_providers(engine: EngineOptions, ratios: Mapping[str, Ratios]) -> s
         f"{name} takes {one.many:.3f} of the CPU provider's time for many batches at once, {one.one:.3f} for one row"
         for name, one in ratios.items()
     ]
-    many = f" for a few rows and {engine.provider_of_many} for many, in shared mode" if engine.provider_of_many else ""
+    many = f" for a few rows and {engine.provider_of_many} for many" if engine.provider_of_many else ""
     return f"provider {engine.provider}{many}: {'; '.join(others) or 'no other was measured'}."
 
 

@@ -15,7 +15,7 @@ from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, measured_once
 from hf_bucket.preflight import Trial, after_fork, settle
 from hf_bucket.session import Session
-from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, named
+from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, in_use, named
 from hf_bucket.workers import Workers
 
 _ONE = Workers(1)
@@ -68,6 +68,14 @@ class Engines:
         self._opened: dict[tuple[str, int, int], Mapping[Bucket, Session]] = {}
         self._exact: Callable[[Bucket], Session] | None = None
         self._pid = os.getpid()  # last: other threads of a forked child look at it first
+
+    def open(self) -> None:
+        """Open what requests of one row run on; and of many, where that is another provider, which may fail."""
+        self._leave_parent()
+        with self._lock:
+            self._sessions(self._one)
+            if self._one.provider_of_many:
+                self._sessions(self._many)
 
     def use(self, costs: Costs) -> None:
         """Choose sessions by what runs cost, from now on."""
@@ -159,12 +167,12 @@ class Engines:
     def _leave_parent(self) -> None:
         """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""
         if self._pid != os.getpid():
-            self._one = after_fork(self._asked, self._one)
+            before, self._one = self._one, after_fork(self._asked, self._one)
+            if self._one != before:  # what costs say is of other engines
+                self.use(Costs(seconds={}))
             self._begin()
 
 
 def costs_path(artifact: Artifact, engine: EngineOptions) -> Path:
     """Return the file of this machine's cache for what buckets of a model cost; all ladders of a model share it."""
-    many = engine.for_many_batches()
-    name = f"{named(engine)}-{engine.mode}-{many.threads}x{many.workers}.json"
-    return machine_folder(artifact.graph_sha256()) / name
+    return machine_folder(artifact.graph_sha256()) / f"{named(engine)}-{engine.mode}-{in_use(engine)}.json"

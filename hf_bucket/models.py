@@ -104,7 +104,8 @@ class BucketedModelForSequenceClassification(OptimizedModel):  # type: ignore[mi
             mode: ``"shared"`` runs every bucket on one graph; ``"static"`` gives each a graph of fixed shapes;
                 ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
             provider: onnxruntime execution provider by name, or ``"openvino"``; ``"auto"`` is the CPU's, or another
-                that is installed and was measured to save a twentieth of the time of many texts or of one.
+                that is installed, for many texts, for one or for both, where it was measured to save a twentieth of the
+                time.
             provider_options: passed to the provider as they are.
             threads: threads one run may use; 0 means every core this process may use for a request of a few batches,
                 and one for each of many batches that run at once.

@@ -30,6 +30,7 @@ from hf_bucket.session_ort import (
     EngineOptions,
     Mode,
     auto_providers,
+    in_use,
     named,
     open_sessions,
     resolve_provider,
@@ -88,8 +89,7 @@ def check_memory_bytes(value: object) -> None:
 def takes(artifact: Artifact, options: EngineOptions) -> Footprint:
     """Return what running an artifact with these options takes."""
     many = options.for_many_batches()
-    alike = many.workers == 1 or (many.threads, many.provider) == (options.threads, options.provider)
-    providers = [resolve_provider(use.provider) for use in ([many] if alike else [options, many])]
+    providers = [resolve_provider(use.provider) for use in ([options] if many.workers == 1 else [options, many])]
     # on CUDA all buckets run one session in static mode too
     mode: memory.Mode = "static" if options.mode == "static" and CUDA not in providers else "shared"
     each = len(artifact.manifest.ladder) if mode == "static" else 1
@@ -136,12 +136,9 @@ def settle(artifact: Artifact, options: EngineOptions, trial: Trial) -> EngineOp
             options = replace(options, mode="static")
     open_questions = (options.provider == "auto") + (options.mode == "auto")
     trial = replace(trial, budget_s=trial.budget_s / max(1, open_questions))
-    shared = replace(options, mode="shared") if options.mode == "auto" else options
-    check_fits(takes(artifact, shared), trial.available)
-    chosen = choose_provider(artifact, shared, trial)
-    if options.mode != "auto" or chosen.provider_of_many:  # two providers take memory enough without static mode
-        return chosen
-    return replace(chosen, mode=choose_mode(artifact, replace(chosen, mode="auto"), trial).mode)
+    check_fits(takes(artifact, options), trial.available)
+    options = choose_provider(artifact, options, trial)
+    return options if options.mode != "auto" else replace(options, mode=choose_mode(artifact, options, trial).mode)
 
 
 def after_fork(asked: EngineOptions, settled: EngineOptions) -> EngineOptions:
@@ -160,24 +157,20 @@ def after_fork(asked: EngineOptions, settled: EngineOptions) -> EngineOptions:
 def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) -> EngineOptions:
     """Return the options with what ``provider="auto"`` means here: the CPU provider, unless another fits and is faster.
 
-    It is chosen for as many batches at once as would run in use, since what engines take from each other counts, and
-    for a request of one row: one may be faster for many and another for one. Figures stay in the machine's cache. The
-    CPU provider's are runs too short to tell anything apart, and static mode, where others hold the weights once for
-    every bucket.
+    It is measured for as many batches at once as would run in use, since what engines take from each other counts, and
+    for a request of one row; figures stay in the machine's cache. The CPU provider's are runs too short to tell
+    anything apart, and static mode, where others hold the weights once for every bucket.
     """
     if options.provider != "auto":
         return options
     on_cpu = replace(options, provider=CPU)
-    if options.mode == "static":
-        return on_cpu
-    fitting = [
-        name
-        for name in auto_providers()
-        if trial.available is None or takes(artifact, replace(options, provider=name)).total <= trial.available
-    ]
+    names = [] if options.mode == "static" else auto_providers()
+    # the least that another takes is what it takes for one use
+    least = {name: replace(options, provider=name, provider_of_many=CPU) for name in names}
+    fitting = [name for name, way in least.items() if _fits(artifact, way, trial)]
     if not fitting:
         return on_cpu
-    path = _figures(artifact, options, f"providers-{options.mode}")
+    path = _figures(artifact, options, "ratios")
 
     def read() -> dict[str, Ratios] | None:
         return _kept_ratios(path, fitting)
@@ -190,25 +183,42 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
         return {name: ratios for name, ratios in (compared or {}).items() if ratios is not None}
 
     kept = measured_once(path, read, measured, again=trial.again) if trial.budget_s else read() or {}
-    one, many = _fastest(kept, options)
+    part = _may_part(artifact, options)
+    ways = [on_cpu, *(_best_use(options, name, ratios, part=part) for name, ratios in kept.items())]
+    return min((way for way in ways if _fits(artifact, way, trial)), key=lambda way: _time(way, kept), default=on_cpu)
+
+
+def _may_part(artifact: Artifact, options: EngineOptions) -> bool:
+    """Return whether a request of many batches may run on another provider than one of a few.
+
+    Not where both run in one session, nor where the mode is still to be chosen, which both uses have in common; nor in
+    less than float32, where two engines can round to different answers for the same text.
+    """
+    at_once = replace(options, provider=CPU).for_many_batches().workers > 1
+    return at_once and options.mode != "auto" and artifact.manifest.source.get("dtype", "float32") == "float32"
+
+
+def _best_use(options: EngineOptions, name: str, ratios: Ratios, *, part: bool) -> EngineOptions:
+    """Return the options with what a provider is better at than the CPU's: both uses, one of them, or none."""
+    both, on_cpu = replace(options, provider=name), replace(options, provider=CPU)
+    at_once = both.for_many_batches().workers > 1
+    if ratios.for_both and not (part and at_once):
+        return both
+    if not part:
+        return on_cpu
+    many = name if at_once and ratios.many <= _WORTH else CPU
+    one = name if ratios.one <= _WORTH and ratios.many <= _BOUND else CPU
     return replace(options, provider=one, provider_of_many=None if one == many else many)
 
 
-def _fastest(kept: Mapping[str, Ratios], options: EngineOptions) -> tuple[str, str]:
-    """Return the providers of a request of one row, and of many batches at once.
+def _fits(artifact: Artifact, options: EngineOptions, trial: Trial) -> bool:
+    return trial.available is None or takes(artifact, options).total <= trial.available
 
-    A provider that runs one batch after another has one session for both uses.
-    """
-    parted = {
-        name: ratios for name, ratios in kept.items() if replace(options, provider=name).for_many_batches().workers > 1
-    }
-    one = {name: ratios.one for name, ratios in parted.items() if ratios.one <= _WORTH}
-    many = {name: ratios.many for name, ratios in parted.items() if ratios.many <= _WORTH}
-    if one or many:
-        return min(one, key=one.__getitem__, default=CPU), min(many, key=many.__getitem__, default=CPU)
-    both = {name: ratios.many * ratios.one for name, ratios in kept.items() if name not in parted and ratios.for_both}
-    name = min(both, key=both.__getitem__, default=CPU)
-    return name, name
+
+def _time(way: EngineOptions, kept: Mapping[str, Ratios]) -> float:
+    """Return the time of a way over that of the CPU provider, of both uses together."""
+    one, many = kept.get(way.provider), kept.get(way.for_many_batches().provider)
+    return (one.one if one else 1.0) * (many.many if many else 1.0)
 
 
 def _kept_ratios(path: Path, names: Sequence[str]) -> dict[str, Ratios] | None:
@@ -246,12 +256,14 @@ class Ratios:
 # seen on a few buckets too, as on whole data sets: docs/benchmarks.md, "Which provider".
 _WORTH = 0.95
 _NO_SLOWER = 1.02  # more than that is no noise
+_BOUND = 1.1  # for many, of a provider for requests of a few batches, which can be as large as those of many
+_LEAST = 5  # runs of each; what is chosen is kept, and fewer are at the mercy of a busy moment
 _WORTH_S = 0.005  # a run of fewer seconds is not worth another engine's memory, threads and start
 
 
 def provider_ratios(artifact: Artifact, options: EngineOptions) -> dict[str, Ratios]:
     """Return what ``choose_provider`` measured of the providers that are installed; empty where it did not."""
-    known = _ratios(_figures(artifact, replace(options, provider="auto"), f"providers-{options.mode}"))
+    known = _ratios(_figures(artifact, replace(options, provider="auto"), "ratios"))
     return {name: known[versioned(name)] for name in auto_providers() if versioned(name) in known}
 
 
@@ -270,7 +282,7 @@ def _compare_providers(
 ) -> dict[str, Ratios | None] | None:
     """Return the ratios of every provider, None for one that cannot run the model; None where all is too short."""
     part, batches = _usual(artifact), trial.batches or _texts(artifact)
-    each = replace(trial, budget_s=trial.budget_s / (4 * len(names)))
+    each = replace(trial, budget_s=trial.budget_s / (2 * len(names)))
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(contextlib.closing(Workers(options.for_many_batches().workers)))
         ways = _Ways(part, replace(options, provider=CPU), trial.engine, workers)
@@ -289,9 +301,6 @@ def _compare_providers(
                 continue
             stack.enter_context(contextlib.closing(other))
             many, one = _ratio(own.many, other.many, batches, each), _ratio(own.one, other.one, batches, each)
-            if min(many, one) <= _WORTH:  # once more: what a busy moment seemed to show does not come twice
-                many = max(many, _ratio(own.many, other.many, batches, each))
-                one = max(one, _ratio(own.one, other.one, batches, each))
             ratios[name] = Ratios(many=many, one=one)
         return ratios
 
@@ -303,7 +312,7 @@ def _ratio(own: Sessions, other: Sessions, batches: Batches, trial: Trial) -> fl
     feeds = {bucket: batches(bucket) for bucket in own}
     first = next(iter(own))
     systems = {"own": {first: _OneOfEach(own, feeds)}, "other": {first: _OneOfEach(other, feeds)}}
-    found = compare(systems, lambda bucket: {}, budget_s=trial.budget_s, clock=trial.clock)
+    found = compare(systems, lambda bucket: {}, budget_s=trial.budget_s, least=_LEAST, clock=trial.clock)
     return found["other"][first] / found["own"][first]
 
 
@@ -326,9 +335,9 @@ class _OneOfEach:
 
 
 def _usual(artifact: Artifact) -> Artifact:
-    """Return the artifact with buckets that rows of usual lengths take: of a planned ladder the middle half."""
+    """Return the artifact with buckets that rows of usual lengths take: the quartiles of a planned ladder."""
     lengths = artifact.manifest.ladder.lengths
-    chosen = {lengths[min(len(lengths) - 1, len(lengths) * eighth // 8)] for eighth in range(2, 7)}
+    chosen = {lengths[min(len(lengths) - 1, len(lengths) * quarter // 4)] for quarter in (1, 2, 3)}
     buckets = tuple(bucket for bucket in artifact.manifest.ladder if bucket.length in chosen)
     return replace(artifact, manifest=replace(artifact.manifest, ladder=Ladder(buckets)))
 
@@ -339,7 +348,7 @@ class _Ways:
     def __init__(self, artifact: Artifact, options: EngineOptions, engine: Engine, workers: Workers) -> None:
         ladder = artifact.manifest.ladder
         many = engine(artifact, options.for_many_batches())
-        alone = many if workers.n == 1 else engine(artifact, options)
+        alone = many if workers.n == 1 else engine(artifact, replace(options, workers=1))
         self._made = {id(one): one for one in (*many.values(), *alone.values())}
         self.many = {bucket: _AtOnce(many[bucket], workers) for bucket in ladder.largest_batches()}
         self.one = {bucket: alone[bucket] for bucket in ladder.smallest_batches()}
@@ -391,9 +400,7 @@ def _texts(artifact: Artifact) -> Batches:
 
 
 def _figures(artifact: Artifact, options: EngineOptions, what: str) -> Path:
-    many = options.for_many_batches()
-    name = f"{what}-{many.threads}x{many.workers}-{key_of(artifact.manifest.ladder)}.json"
-    return machine_folder(artifact.graph_sha256()) / name
+    return machine_folder(artifact.graph_sha256()) / f"{what}-{in_use(options)}-{key_of(artifact.manifest.ladder)}.json"
 
 
 def _read(path: Path) -> Seconds | None:

@@ -39,8 +39,9 @@ class RunOptions:
         overflow: what happens to an input longer than the largest bucket: see ``overflow.Overflow``.
         warmup: run every bucket once, smallest first, when the sessions are opened.
         measure_s: seconds that may be spent on measuring, once for a ladder on this machine: half on which provider and
-            mode are faster, where they are ``"auto"``, half on what every bucket costs. 0 takes the CPU provider,
-            ``"shared"`` and the number of cells.
+            mode are faster, where they are ``"auto"``, half on what every bucket costs. A provider takes five runs of
+            three lengths, however long. 0 takes what is known of this machine, or the CPU provider, ``"shared"`` and
+            the number of cells.
         memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
     """
 
@@ -104,7 +105,7 @@ class Runner:
             warmup=self.options.warmup,
         )
         self._warn_of_neighbours()
-        self._engines.of_batches()
+        self._engines.open()
         if cost is None and self.options.measure_s:
             costs = self.measure(self.options.measure_s / 2, again=False)
             self._engines.use(costs)
@@ -418,7 +419,7 @@ def load(
         mode: ``"shared"`` holds the weights once; ``"static"`` runs every bucket on a graph of fixed shapes;
             ``"auto"`` measures which is faster, the first time on this machine, and takes static if it fits.
         provider: onnxruntime execution provider by name, or ``"openvino"``; ``"auto"`` is the CPU's, or another that is
-            installed and was measured to save a twentieth of the time of many texts or of one.
+            installed, for many texts, for one or for both, where it was measured to save a twentieth of the time.
         provider_options: passed to the provider as they are.
         threads, workers: threads one run may use, and batches that run at once: see ``session_ort.EngineOptions``.
         overflow: what happens to texts longer than the largest bucket: see ``overflow.Overflow``.

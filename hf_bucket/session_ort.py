@@ -64,20 +64,20 @@ class EngineOptions:
         mode: ``"shared"`` runs every bucket on one graph with free dimensions; ``"static"`` gives every bucket a
             session of its own, with fixed shapes; ``"auto"`` is static where that is faster and fits (``preflight``).
         provider: an onnxruntime execution provider by name, or ``"auto"``.
-        provider_of_many: the one that runs many batches at once, where that is another than ``provider``.
         provider_options: passed to the provider as they are; onnxruntime's CPU provider has none.
         threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
             one for each of many batches that run at once.
-        workers: batches of one request that run at once; 0 means as many as the cores allow, and on a provider other
-            than the CPU's one. On CUDA there are no more.
+        workers: batches of one request that run at once; 0 means as many as the cores allow, and one on a provider
+            other than the CPU's and OpenVINO. On CUDA there are no more.
+        provider_of_many: runs many batches at once where that is another than ``provider``: what ``"auto"`` can become.
     """
 
     mode: Mode = "shared"
     provider: str = "auto"
-    provider_of_many: str | None = None
     provider_options: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
     workers: int = 0
+    provider_of_many: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -88,6 +88,8 @@ class EngineOptions:
                 f"provider {self.provider!r} takes no provider_options, got {given}; "
                 f"name the provider they are for: one of {', '.join(installed_providers())}"
             )
+        if self.provider_of_many and (self.provider_options or "auto" in (self.provider, self.provider_of_many)):
+            raise ProviderError("provider_of_many goes with a provider by name, and without provider_options")
         if self.provider == CUDA and "enable_cuda_graph" in self.provider_options:
             raise ProviderError('enable_cuda_graph is what mode="static" does on CUDA; leave the option out')
         if self.provider == CUDA and isinstance(self.workers, int) and self.workers > 1:
@@ -460,6 +462,12 @@ def named(options: EngineOptions) -> str:
     given = hashlib.sha256(repr(sorted(options.provider_options.items())).encode()).hexdigest()[:8]
     many = f"-{versioned(options.provider_of_many)}" if options.provider_of_many else ""
     return f"{versioned(resolve_provider(options.provider))}{many}{f'-{given}' if options.provider_options else ''}"
+
+
+def in_use(options: EngineOptions) -> str:
+    """Return a name of how many threads and workers run, for what was measured with them."""
+    many = options.for_many_batches()
+    return f"{many.threads}x{many.workers}{f'-{options.threads}' if options.threads else ''}"
 
 
 def auto_providers() -> list[str]:

@@ -13,13 +13,15 @@ from conftest import text_of
 from promises import LATE_S, TEXTS, answer_of_a_child, check_sixteen_threads, logits
 
 import hf_bucket
-from hf_bucket import session_ort
+from hf_bucket import preflight, session_ort
 from hf_bucket.artifact import GRAPH, Artifact
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import ArtifactError, DependencyError, ProviderError
+from hf_bucket.ladder import Bucket
 from hf_bucket.runner import Runner, RunOptions
+from hf_bucket.session import Session
 from hf_bucket.session_openvino import open_openvino
-from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions, resolve_provider
+from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions, open_sessions, resolve_provider
 from hf_bucket.source import Source
 
 pytest.importorskip("openvino", reason='openvino is not installed; pip install "hf-bucket[openvino]"')
@@ -55,25 +57,26 @@ def test_sixteen_threads_get_the_sequential_answers(compiled: Artifact, plain: n
 
 
 FIRST_RUNS = """
-import sys, threading
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 import numpy as np
-from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session_openvino import open_openvino
 
 path, inputs = Path(sys.argv[1]), sys.argv[2:]
-engine = open_openvino(path, threads=1, streams=4, options={})
 arrays = {name: np.ones((1, 8), dtype=np.int64) for name in inputs}
-ready = threading.Barrier(8)
+ready = Barrier(8)
 
-def run():
-    ready.wait()
-    engine.run(["logits"], arrays)
+def run(engine):
+    ready.wait(60)
+    return engine.run(["logits"], arrays)[0]
 
-sys.setswitchinterval(1e-6)
-threads = [threading.Thread(target=run) for _ in range(8)]
-for thread in threads:
-    thread.start()
+with ThreadPoolExecutor(8) as threads:
+    engines = list(threads.map(lambda _: open_openvino(path, threads=1, streams=4, options={}), range(8)))
+    sys.setswitchinterval(1e-6)
+    answers = list(threads.map(run, engines))
+assert len(answers) == 8 and all(np.array_equal(one, answers[0]) for one in answers)
 """
 
 
@@ -83,17 +86,50 @@ def test_the_first_runs_of_a_process_may_come_at_once(compiled: Artifact) -> Non
     subprocess.run([sys.executable, "-c", FIRST_RUNS, graph, *inputs], check=True, timeout=LATE_S)
 
 
+OPENED: list[tuple[str, int]] = []
+
+
+def engine(artifact: Artifact, options: EngineOptions) -> dict[Bucket, Session]:
+    OPENED.append((options.provider, options.workers))
+    return open_sessions(artifact, options)
+
+
 @pytest.mark.parametrize(("one", "many"), [(OPENVINO, CPU), (CPU, OPENVINO)])
 def test_two_providers_that_share_the_work_give_the_same_answers(
     compiled: Artifact, plain: np.ndarray, one: str, many: str
 ) -> None:
-    engine = EngineOptions(provider=one, provider_of_many=many, workers=2)
-    runner = Runner(compiled, RunOptions(engine=engine, measure_s=0.1))
+    OPENED.clear()
+    asked = EngineOptions(provider=one, provider_of_many=many, workers=2)
+    runner = Runner(compiled, RunOptions(engine=asked, overflow="dynamic"), engine=engine)
+    assert [(one, 1), (many, 2)] == OPENED, "both when it is loaded: what fails does so there"
     np.testing.assert_allclose(logits(runner, TEXTS * 10), np.concatenate([plain] * 10), atol=1e-5)
     np.testing.assert_allclose(np.concatenate([logits(runner, [text]) for text in TEXTS]), plain, atol=1e-5)
     check_sixteen_threads(runner, TEXTS, plain)
+    longer = hf_bucket.load(compiled.folder, overflow="dynamic")([text_of(50)])[0]["logits"]
+    np.testing.assert_allclose(logits(runner, [text_of(50)])[0], longer, atol=1e-5)
     runner.close()
     np.testing.assert_allclose(logits(runner, TEXTS), plain, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:in this forked process the model runs on")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(("many", "one"), [(0.5, 1.5), (1.0, 0.5)], ids=["for many", "for one"])
+def test_a_child_of_a_model_that_auto_put_on_openvino_for_one_use_answers(
+    compiled: Artifact,
+    plain: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    many: float,
+    one: float,
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    ratios = {OPENVINO: preflight.Ratios(many=many, one=one)}
+    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    runner = hf_bucket.load(compiled.folder, workers=2, measure_s=0.1)
+    np.testing.assert_allclose(logits(runner, TEXTS), plain, atol=1e-5)
+    assert runner._engines._one.provider_of_many == (OPENVINO if many < one else CPU)
+    np.testing.assert_allclose(answer_of_a_child(runner, TEXTS, method), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
