@@ -165,9 +165,12 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
         return options
     on_cpu = replace(options, provider=CPU)
     names = [] if options.mode == "static" else auto_providers()
-    # the least that another takes is what it takes for one use
-    least = {name: replace(options, provider=name, provider_of_many=CPU) for name in names}
-    fitting = [name for name, way in least.items() if _fits(artifact, way, trial)]
+    # measuring opens the sessions of both uses, whichever are chosen
+    fitting = [
+        name
+        for name in names
+        if trial.available is None or takes(artifact, replace(options, provider=name)).total <= trial.available
+    ]
     if not fitting:
         return on_cpu
     path = _figures(artifact, options, "ratios")
@@ -184,18 +187,20 @@ def choose_provider(artifact: Artifact, options: EngineOptions, trial: Trial) ->
 
     kept = measured_once(path, read, measured, again=trial.again) if trial.budget_s else read() or {}
     part = _may_part(artifact, options)
-    ways = [on_cpu, *(_best_use(options, name, ratios, part=part) for name, ratios in kept.items())]
-    return min((way for way in ways if _fits(artifact, way, trial)), key=lambda way: _time(way, kept), default=on_cpu)
+    ways = [_best_use(options, name, ratios, part=part) for name, ratios in kept.items()]
+    return min(ways, key=lambda way: _time(way, kept), default=on_cpu)
 
 
 def _may_part(artifact: Artifact, options: EngineOptions) -> bool:
     """Return whether a request of many batches may run on another provider than one of a few.
 
     Not where both run in one session, nor where the mode is still to be chosen, which both uses have in common; nor in
-    less than float32, where two engines can round to different answers for the same text.
+    less than float32, where two engines can round one text to two answers, as nobody knows of a graph made elsewhere.
     """
     at_once = replace(options, provider=CPU).for_many_batches().workers > 1
-    return at_once and options.mode != "auto" and artifact.manifest.source.get("dtype", "float32") == "float32"
+    source = artifact.manifest.source
+    float32 = source.get("dtype", "float32") == "float32" and source.get("made_by") != "onnx"
+    return at_once and options.mode != "auto" and float32
 
 
 def _best_use(options: EngineOptions, name: str, ratios: Ratios, *, part: bool) -> EngineOptions:
@@ -209,10 +214,6 @@ def _best_use(options: EngineOptions, name: str, ratios: Ratios, *, part: bool) 
     many = name if at_once and ratios.many <= _WORTH else CPU
     one = name if ratios.one <= _WORTH and ratios.many <= _BOUND else CPU
     return replace(options, provider=one, provider_of_many=None if one == many else many)
-
-
-def _fits(artifact: Artifact, options: EngineOptions, trial: Trial) -> bool:
-    return trial.available is None or takes(artifact, options).total <= trial.available
 
 
 def _time(way: EngineOptions, kept: Mapping[str, Ratios]) -> float:
@@ -263,6 +264,8 @@ _WORTH_S = 0.005  # a run of fewer seconds is not worth another engine's memory,
 
 def provider_ratios(artifact: Artifact, options: EngineOptions) -> dict[str, Ratios]:
     """Return what ``choose_provider`` measured of the providers that are installed; empty where it did not."""
+    if options.mode == "static":
+        return {}
     known = _ratios(_figures(artifact, replace(options, provider="auto"), "ratios"))
     return {name: known[versioned(name)] for name in auto_providers() if versioned(name) in known}
 
@@ -284,9 +287,7 @@ def _compare_providers(
     part, batches = _usual(artifact), trial.batches or _texts(artifact)
     each = replace(trial, budget_s=trial.budget_s / (2 * len(names)))
     with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(contextlib.closing(Workers(options.for_many_batches().workers)))
-        ways = _Ways(part, replace(options, provider=CPU), trial.engine, workers)
-        own = stack.enter_context(contextlib.closing(ways))
+        own = stack.enter_context(contextlib.closing(_Ways(part, replace(options, provider=CPU), trial.engine)))
         largest = max(own.many, key=lambda bucket: bucket.cells)
         alone = {CPU: {largest: own.many[largest]}}
         if compare(alone, batches, budget_s=0.0, clock=trial.clock)[CPU][largest] < _WORTH_S:
@@ -294,13 +295,14 @@ def _compare_providers(
         ratios: dict[str, Ratios | None] = {}
         for name in names:
             try:
-                other = _Ways(part, replace(options, provider=name), trial.engine, workers)
+                other = _Ways(part, replace(options, provider=name), trial.engine)
             except (ArtifactError, ProviderError) as error:
                 warnings.warn(f'provider="auto" leaves out {name}: {error}', BucketWarning, stacklevel=9)
                 ratios[name] = None
                 continue
             stack.enter_context(contextlib.closing(other))
             many, one = _ratio(own.many, other.many, batches, each), _ratio(own.one, other.one, batches, each)
+            many *= own.workers.n / other.workers.n  # batches in the time of a run
             ratios[name] = Ratios(many=many, one=one)
         return ratios
 
@@ -345,15 +347,17 @@ def _usual(artifact: Artifact) -> Artifact:
 class _Ways:
     """Sessions of a provider as many batches at once use them, and as a request of one row does."""
 
-    def __init__(self, artifact: Artifact, options: EngineOptions, engine: Engine, workers: Workers) -> None:
-        ladder = artifact.manifest.ladder
-        many = engine(artifact, options.for_many_batches())
-        alone = many if workers.n == 1 else engine(artifact, replace(options, workers=1))
+    def __init__(self, artifact: Artifact, options: EngineOptions, engine: Engine) -> None:
+        ladder, used = artifact.manifest.ladder, options.for_many_batches()
+        many = engine(artifact, used)
+        alone = many if used.workers == 1 else engine(artifact, replace(options, workers=1))
         self._made = {id(one): one for one in (*many.values(), *alone.values())}
-        self.many = {bucket: _AtOnce(many[bucket], workers) for bucket in ladder.largest_batches()}
+        self.workers = Workers(used.workers)
+        self.many = {bucket: _AtOnce(many[bucket], self.workers) for bucket in ladder.largest_batches()}
         self.one = {bucket: alone[bucket] for bucket in ladder.smallest_batches()}
 
     def close(self) -> None:
+        self.workers.close()
         for session in self._made.values():
             session.close()
 

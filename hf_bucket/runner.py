@@ -37,11 +37,11 @@ class RunOptions:
     Attributes:
         engine: how its sessions are made.
         overflow: what happens to an input longer than the largest bucket: see ``overflow.Overflow``.
-        warmup: run every bucket once, smallest first, when the sessions are opened.
+        warmup: run every bucket once, smallest first, when the sessions for a few batches are opened.
         measure_s: seconds that may be spent on measuring, once for a ladder on this machine: half on which provider and
-            mode are faster, where they are ``"auto"``, half on what every bucket costs. A provider takes five runs of
-            three lengths, however long. 0 takes what is known of this machine, or the CPU provider, ``"shared"`` and
-            the number of cells.
+            mode are faster, where they are ``"auto"``, half on what every bucket costs. A provider takes six runs of
+            three lengths, for many texts and for one, however long. 0 measures nothing: provider and mode are those
+            known of this machine, or the CPU provider and ``"shared"``, and costs are numbers of cells.
         memory_bytes: that the ladder may take, or it is refused; None is what the machine has.
     """
 

@@ -88,8 +88,9 @@ class EngineOptions:
                 f"provider {self.provider!r} takes no provider_options, got {given}; "
                 f"name the provider they are for: one of {', '.join(installed_providers())}"
             )
-        if self.provider_of_many and (self.provider_options or "auto" in (self.provider, self.provider_of_many)):
-            raise ProviderError("provider_of_many goes with a provider by name, and without provider_options")
+        named = "auto" not in (self.provider, self.provider_of_many)
+        if self.provider_of_many and (not named or self.provider_options):
+            raise ProviderError("provider_of_many needs a provider by name, and no provider_options")
         if self.provider == CUDA and "enable_cuda_graph" in self.provider_options:
             raise ProviderError('enable_cuda_graph is what mode="static" does on CUDA; leave the option out')
         if self.provider == CUDA and isinstance(self.workers, int) and self.workers > 1:
@@ -466,8 +467,8 @@ def named(options: EngineOptions) -> str:
 
 def in_use(options: EngineOptions) -> str:
     """Return a name of how many threads and workers run, for what was measured with them."""
-    many = options.for_many_batches()
-    return f"{many.threads}x{many.workers}{f'-{options.threads}' if options.threads else ''}"
+    many, cores = options.for_many_batches(), usable_cores()
+    return f"{options.threads or cores}-{many.threads or cores}x{many.workers}"
 
 
 def auto_providers() -> list[str]:

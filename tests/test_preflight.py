@@ -26,6 +26,7 @@ from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.costs import Costs
 from hf_bucket.describe import describe_choice
+from hf_bucket.engines import costs_path
 from hf_bucket.errors import ArtifactError, BucketWarning, ProviderError
 from hf_bucket.ladder import Bucket, make_ladder
 from hf_bucket.manifest import FileRecord
@@ -226,7 +227,7 @@ def test_another_provider_is_taken_for_what_it_is_faster_at(
         pytest.param(0.96, 0.96, ON_CPU, id="not worth it"),
     ],
 )
-@pytest.mark.parametrize("why", ["one session", "mode", "int8"])
+@pytest.mark.parametrize("why", ["one session", "mode", "int8", "float16", "a graph made elsewhere"])
 def test_where_uses_cannot_part_a_provider_that_is_slower_for_either_is_not_taken(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, why: str, many: float, one: float, providers: Providers
 ) -> None:
@@ -235,8 +236,13 @@ def test_where_uses_cannot_part_a_provider_that_is_slower_for_either_is_not_take
     ratios = {OPENVINO: preflight.Ratios(many=many, one=one)}
     monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
     asked = EngineOptions(workers=1 if why == "one session" else 2, mode="auto" if why == "mode" else "shared")
-    if why == "int8":
-        source = {**artifact.manifest.source, "dtype": "int8"}
+    changes = {
+        "int8": {"dtype": "int8"},
+        "float16": {"dtype": "float16"},
+        "a graph made elsewhere": {"made_by": "onnx"},
+    }
+    if why in changes:
+        source = {**artifact.manifest.source, **changes[why]}
         artifact = replace(artifact, manifest=replace(artifact.manifest, source=source))
     assert provided(artifact, Rival(1.0), asked) == providers
 
@@ -268,34 +274,55 @@ def test_the_fastest_of_several_providers_is_taken(artifact: Artifact, monkeypat
     assert provided(artifact, Rival(1.0)) == ("other", CPU)
 
 
-def test_a_provider_that_fits_for_one_use_only_is_taken_for_that(
+def test_a_provider_is_only_measured_where_the_sessions_that_measuring_opens_fit(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It packs the weights for every use that it has."""
+    """Those of both uses: it packs the weights for each."""
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
     files = {**artifact.manifest.files, WEIGHTS: FileRecord(sha256="0" * 64, size=10**6)}
     artifact = replace(artifact, manifest=replace(artifact.manifest, files=files))
-    asked = EngineOptions(workers=2)
-    on_cpu, parted, both = (
-        preflight.takes(artifact, replace(asked, provider=one, provider_of_many=many)).total
-        for one, many in ((CPU, None), (OPENVINO, CPU), (OPENVINO, None))
-    )
-    assert on_cpu < parted < both
-    for many, available, providers in (
-        (1.0, parted, (OPENVINO, CPU)),
-        (1.0, parted - 1, ON_CPU),
-        (0.5, both, BOTH),
-        (0.5, both - 1, ON_CPU),
-    ):
-        assert provided(artifact, Rival(many, 0.5), available=available, again=True) == providers
+    both = preflight.takes(artifact, EngineOptions(provider=OPENVINO, workers=2)).total
+    assert both > preflight.takes(artifact, EngineOptions(provider=CPU, workers=2)).total
+    bench = Rival(1.0, 0.5)
+    assert provided(artifact, bench, available=both - 1) == ON_CPU
+    assert bench.opened == []
+    assert provided(artifact, bench, available=both) == (OPENVINO, CPU)
 
 
-def test_figures_of_one_number_of_threads_are_not_those_of_another(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("other", [{"threads": 1}, {"workers": 3}, {"cores": 4}], ids=["threads", "workers", "cores"])
+def test_figures_are_those_of_as_many_threads_and_workers(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, other: dict[str, int]
 ) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    assert provided(artifact, Rival(0.5, 0.5), EngineOptions(workers=2, threads=1)) == BOTH
-    assert provided(artifact, Rival(2.0, 2.0), EngineOptions(workers=2)) == ON_CPU
+    cores = [2]
+    monkeypatch.setattr(session_ort, "usable_cores", lambda: cores[0])
+    first = EngineOptions(workers=2)
+    assert provided(artifact, Rival(0.5, 0.5), first) == BOTH
+    paths = {costs_path(artifact, first)}
+    cores[0] = other.get("cores", 2)
+    second = replace(first, **{name: value for name, value in other.items() if name != "cores"})
+    assert provided(artifact, Rival(2.0, 2.0), second) == ON_CPU
+    assert costs_path(artifact, second) not in paths
+
+
+def test_a_provider_that_runs_one_batch_after_another_is_compared_batch_by_batch(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once take twice the time of one on the clock here, so that a single one has to take half."""
+    monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, "other"])
+    monkeypatch.setattr(session_ort, "usable_cores", lambda: 2)
+    monkeypatch.setattr(preflight, "auto_providers", lambda: ["other"])
+
+    class OneByOne(Rival):
+        def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
+            self.workers.append(options.workers)
+            return self.timed(artifact.manifest.ladder, 1.0 if options.provider == CPU else 0.5)
+
+    bench = OneByOne(0.5)
+    assert provided(artifact, bench, EngineOptions()) == ("other", "other")
+    assert bench.workers == [2, 1, 1], "one session serves both of its uses"
+    (found,) = provider_ratios(artifact, EngineOptions()).values()
+    assert (found.many, found.one) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 @pytest.mark.parametrize(("lucky", "providers"), [(2, ON_CPU), (3, (OPENVINO, CPU))])
@@ -505,14 +532,14 @@ def test_a_request_of_one_row_and_one_of_many_run_on_the_providers_chosen_for_th
     ran.clear()
     runner(["w1 w2"] * 30)
     assert set(ran) == {many}
-    (costs,) = [path.name for path in cache_root().rglob("*-shared-1x2.json") if "ratios" not in path.name]
+    (costs,) = [path.name for path in cache_root().rglob("*-shared-*-1x2.json") if "ratios" not in path.name]
     assert (versioned(one) in costs, versioned(many) in costs) == (True, True)
     runner.close()
     runner(["w1"])
     assert opened == [(one, 1), (many, 2), (one, 1)]
 
 
-def test_a_forked_child_on_other_engines_forgets_what_those_before_cost(
+def test_a_forked_child_on_other_engines_runs_batches_at_once_whatever_was_faster_on_those_before(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
@@ -528,13 +555,13 @@ def test_a_forked_child_on_other_engines_forgets_what_those_before_cost(
     assert (bench.opened[before:], bench.workers[before:]) == ([(CPU, len(LADDER))], [2]), "at once"
 
 
-def test_a_provider_of_many_goes_with_a_provider_that_is_named() -> None:
+def test_a_provider_of_many_that_cannot_be_is_refused() -> None:
     for options in (
         {"provider_of_many": CPU},
         {"provider": CPU, "provider_of_many": "auto"},
         {"provider": OPENVINO, "provider_of_many": CPU, "provider_options": {"NUM_STREAMS": "1"}},
     ):
-        with pytest.raises(ProviderError, match="provider_of_many goes with a provider by name, and without"):
+        with pytest.raises(ProviderError, match="provider_of_many needs a provider by name, and no"):
             EngineOptions(**options)  # type: ignore[arg-type]
 
 
