@@ -64,8 +64,7 @@ class Engines:
         self._lock = threading.Lock()
         self._many = self._one.for_many_batches()
         self._workers = Workers(self._many.workers)
-        # by provider, threads of a run, and runs at once
-        self._opened: dict[tuple[str, int, int], Mapping[Bucket, Session]] = {}
+        self._opened: dict[tuple[int, int], Mapping[Bucket, Session]] = {}  # by threads of a run, and runs at once
         self._exact: Callable[[Bucket], Session] | None = None
         self._pid = os.getpid()  # last: other threads of a forked child look at it first
 
@@ -153,7 +152,7 @@ class Engines:
     def _sessions(self, options: EngineOptions) -> Mapping[Bucket, Session]:
         """Return the sessions made with these options; they are opened once."""
         workers = options.workers if options is self._many else 1
-        key = options.provider, options.threads, workers
+        key = options.threads, workers
         if key not in self._opened:
             if self._was_open:
                 self._artifact.check_unchanged()  # it may be another one by now

@@ -186,6 +186,7 @@ class Rival(Bench):
 def provided(artifact: Artifact, bench: Bench, asked: EngineOptions | None = None, **options: object) -> Providers:
     """Return the providers of a request of one row, and of many batches."""
     settled = choose_provider(artifact, asked or EngineOptions(workers=2), trial(bench, **options))
+    assert settled.provider_of_many != settled.provider, "one for both has one name"
     return settled.provider, settled.for_many_batches().provider
 
 
@@ -213,6 +214,7 @@ def test_another_provider_is_taken_for_what_it_is_faster_at(
     assert bench.closed == 24
     (found,) = provider_ratios(artifact, EngineOptions(workers=2)).values()
     assert (found.many, found.one) == (pytest.approx(many), pytest.approx(one))
+    assert provider_ratios(artifact, EngineOptions(workers=2, mode="static")) == {}, "they decide nothing there"
     assert provided(artifact, Rival(1 / many, 1 / one)) == providers, "kept"
     assert provided(artifact, Rival(0.5, 0.5), again=True) == BOTH
 
