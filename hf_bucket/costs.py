@@ -31,6 +31,7 @@ ROUNDS = 9  # runs of one bucket at most: a median of more tells nothing new
 TURNS = 60  # ... where systems are compared, whose differences are smaller than those of buckets
 LENGTHS = 8  # of one batch size that are measured; those between are predicted
 SHORTEST_S = 0.001  # what Python does around a run costs as much, and the clock's noise is larger than differences
+_QUICK_S = 0.01  # what threads wait for each other in a longer run is little beside what they compute
 _NAME = re.compile(r"b([0-9]{1,7})_s([0-9]{1,7})")
 
 
@@ -72,11 +73,12 @@ class Costs:
         """Buckets whose run takes no longer on one thread than on every core: measured both ways, not predicted.
 
         More cores are worth more the more there is to do: where a smaller bucket gains from them, a larger one that did
-        not was measured at a busy moment.
+        not was measured at a busy moment, and so was a run of more than a hundredth of a second.
         """
         both = {bucket: self.seconds[bucket] <= value for bucket, value in self.alone.items() if bucket in self.seconds}
         gains = min((bucket.cells for bucket, quick in both.items() if not quick), default=float("inf"))
-        return frozenset(bucket for bucket, quick in both.items() if quick and bucket.cells < gains)
+        short = {bucket for bucket in both if self.seconds[bucket] <= _QUICK_S}
+        return frozenset(bucket for bucket in short if both[bucket] and bucket.cells < gains)
 
     def of(self, ladder: Ladder) -> dict[Bucket, float]:
         """Return the cost of every bucket of a ladder, none less than that of a bucket it could stand in for."""

@@ -109,21 +109,26 @@ def test_whether_at_once_is_faster_is_tried_within_the_budget_or_not_at_all(budg
 
 
 def test_a_single_request_takes_one_thread_only_where_every_core_is_no_faster() -> None:
-    costs = Costs(seconds={SMALL: 0.5, LARGE: 2.0}, alone={SMALL: 0.5, LARGE: 1.0})
+    costs = Costs(seconds={SMALL: 0.001, LARGE: 0.004}, alone={SMALL: 0.001, LARGE: 0.002})
     assert costs.quick == {SMALL}
-    assert Costs(seconds={LARGE: 1.0}, alone={SMALL: 0.5}).quick == frozenset(), "nobody knows"
+    assert Costs(seconds={LARGE: 0.002}, alone={SMALL: 0.001}).quick == frozenset(), "nobody knows"
+
+
+@pytest.mark.parametrize(("seconds", "quick"), [(0.010, {SMALL}), (0.011, set())])
+def test_a_long_run_is_worth_every_core_whatever_a_busy_moment_showed(seconds: float, quick: set[Bucket]) -> None:
+    assert Costs(seconds={SMALL: seconds}, alone={SMALL: 0.02}).quick == quick
 
 
 def test_a_bucket_larger_than_one_that_gains_from_every_core_gains_too_whatever_a_busy_moment_showed() -> None:
     by_length = {length: Bucket(batch_size=1, extent=(length,)) for length in (8, 16, 32, 64)}
-    seconds = {by_length[8]: 1.0, by_length[16]: 2.0, by_length[32]: 4.0, by_length[64]: 8.0}
-    alone = {by_length[8]: 1.1, by_length[16]: 1.5, by_length[32]: 4.4, by_length[64]: 5.0}
+    seconds = {by_length[8]: 0.001, by_length[16]: 0.002, by_length[32]: 0.004, by_length[64]: 0.008}
+    alone = {by_length[8]: 0.0011, by_length[16]: 0.0015, by_length[32]: 0.0044, by_length[64]: 0.005}
     assert Costs(seconds=seconds, alone=alone).quick == {by_length[8]}
 
 
 @pytest.mark.parametrize(
     ("one_thread_s", "every_core_s", "taken"),
-    [pytest.param(0.01, 0.02, 1, id="one thread"), pytest.param(0.02, 0.01, 0, id="every core")],
+    [pytest.param(0.005, 0.01, 1, id="one thread"), pytest.param(0.01, 0.005, 0, id="every core")],
 )
 def test_a_single_request_runs_on_the_sessions_that_were_faster_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread_s: float, every_core_s: float, taken: int
@@ -216,7 +221,7 @@ def test_what_is_compared_is_compared_by_every_system_and_within_the_budget_but_
 def test_what_is_told_of_single_requests_is_of_this_ladder() -> None:
     """The cache has costs of other ladders too."""
     others = make_ladder([99], batch_sizes=[1]).buckets
-    costs = Costs(seconds={SMALL: 0.5, others[0]: 1.0}, alone={SMALL: 0.5, others[0]: 2.0})
+    costs = Costs(seconds={SMALL: 0.005, others[0]: 0.01}, alone={SMALL: 0.005, others[0]: 0.02})
     told = describe_costs(costs, make_ladder([8], batch_sizes=[1]))
     assert "A request of one row runs on every core, but for 1 of 1 buckets." in told
     assert "99" not in told
