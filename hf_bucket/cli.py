@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -265,30 +265,26 @@ def _watch(rows: Iterable[T], what: str, total: int) -> Iterable[T]:
 def _tune(options: argparse.Namespace) -> int:
     from hf_bucket.artifact import open_artifact
     from hf_bucket.describe import describe_choice, describe_costs, describe_providers
-    from hf_bucket.preflight import Trial, choose_mode, choose_provider, provider_ratios, room
+    from hf_bucket.preflight import Trial, room
     from hf_bucket.runner import Runner, RunOptions
     from hf_bucket.session_ort import EngineOptions
+    from hf_bucket.settle import settle
 
-    artifact, choice = open_artifact(options.artifact), None
+    artifact = open_artifact(options.artifact)
     asked = EngineOptions(mode=options.mode, provider=options.provider)
-    part = options.seconds / (1 + (options.mode == "auto") + (options.provider == "auto"))
-    trial = Trial(budget_s=part, available=room(None), again=True)
-    engine = choose_provider(artifact, asked, trial)
-    ratios = provider_ratios(artifact, asked)
-    if options.mode == "auto":
-        choice = choose_mode(artifact, engine, trial)
-        engine = replace(engine, mode=choice.mode)
-    runner = Runner(artifact, RunOptions(engine=engine))
-    costs = runner.measure(part)
+    share = options.seconds / 2 if "auto" in (asked.mode, asked.provider) else options.seconds
+    settled = settle(artifact, asked, Trial(budget_s=share, available=room(None), again=True))
+    runner = Runner(artifact, RunOptions(engine=settled.engine))
+    costs, choice = runner.measure(share), settled.mode
     if options.json:
         chosen: dict[str, object] = {} if choice is None else {"choice": choice.to_json()}
+        engine, found = settled.engine, settled.provider
         providers = {"provider": engine.provider, "provider_of_many": engine.for_many_batches().provider}
-        figures = {**costs.to_json(), **chosen, **providers}
-        figures["providers"] = {name: asdict(one) for name, one in ratios.items()}
-        print(json.dumps(figures, indent=2))
+        compared = None if found is None else asdict(found)
+        print(json.dumps({**costs.to_json(), **chosen, **providers, "compared": compared}, indent=2))
     else:
         modes = [] if choice is None else [describe_choice(choice)]
-        print(describe_providers(engine, ratios), *modes, describe_costs(costs, runner.ladder), sep="\n\n")
+        print(describe_providers(settled), *modes, describe_costs(costs, runner.ladder), sep="\n\n")
     runner.close()
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,7 @@ from hf_bucket.memory import FASTER, Footprint, footprint, sets_of
 
 if TYPE_CHECKING:
     from hf_bucket.costs import Costs
-    from hf_bucket.preflight import Choice, Ratios
-    from hf_bucket.session_ort import EngineOptions
+    from hf_bucket.settle import Choice, Settled
 
 
 def describe_artifact(artifact: Artifact, *, at_once: int) -> str:
@@ -180,14 +179,19 @@ def describe_costs(costs: Costs, ladder: Ladder) -> str:
     return "\n".join(_aligned(rows)) + f"\nMany batches are faster {many}.{single}{used}"
 
 
-def describe_providers(engine: EngineOptions, ratios: Mapping[str, Ratios]) -> str:
-    """Return which providers run the model here, and what others take."""
-    others = [
-        f"{name} takes {one.many:.3f} of the CPU provider's time for many batches at once, {one.one:.3f} for one row"
-        for name, one in ratios.items()
-    ]
+def describe_providers(settled: Settled) -> str:
+    """Return which providers run the model here, and what another takes, or why that is not known."""
+    engine, found = settled.engine, settled.provider
+    other = (
+        "no other was measured"
+        if found is None
+        else f"{found.provider} was not compared: {found.why}"
+        if found.many is None
+        else f"{found.provider} takes {found.many:.3f} of the CPU provider's time for many batches at once, "
+        f"{found.one:.3f} for one row"
+    )
     many = f" for a few rows and {engine.provider_of_many} for many" if engine.provider_of_many else ""
-    return f"provider {engine.provider}{many}: {'; '.join(others) or 'no other was measured'}."
+    return f"provider {engine.provider}{many}: {other}."
 
 
 def describe_choice(choice: Choice) -> str:
@@ -196,7 +200,9 @@ def describe_choice(choice: Choice) -> str:
     rows += [(name, *(f"{value * 1e3:.3g}" for value in pair)) for name, pair in choice.seconds.items()]
     there = "unknown" if choice.available is None else f"{choice.available / 1e6:.1f} MB"
     why = (
-        f"static takes {choice.ratio:.3f} of shared's time, and is chosen at {FASTER} or less"
+        "shared does not fit"
+        if not choice.shared_fits
+        else f"static takes {choice.ratio:.3f} of shared's time, and is chosen at {FASTER} or less"
         if choice.fits and choice.seconds
         else "nothing was measured"
         if choice.fits

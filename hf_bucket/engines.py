@@ -13,9 +13,11 @@ from hf_bucket.artifact import Artifact
 from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, spread, write_costs
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, measured_once
-from hf_bucket.preflight import Trial, after_fork, settle
+from hf_bucket.preflight import Trial
+from hf_bucket.providers import after_fork
 from hf_bucket.session import Session
 from hf_bucket.session_ort import Dynamic, Engine, EngineOptions, in_use, named
+from hf_bucket.settle import settle
 from hf_bucket.workers import Workers
 
 _ONE = Workers(1)
@@ -53,7 +55,7 @@ class Engines:
     ) -> None:
         self._artifact, self._asked = artifact, options
         self._batches, self._make, self._dynamic, self._warmup = batches, make, dynamic, warmup
-        self._one = settle(artifact, options, trial)
+        self._one = settle(artifact, options, trial).engine
         self._at_once = True
         self._quick: frozenset[Bucket] = frozenset()  # buckets whose run is no faster on every core than on one thread
         self._was_open = False

@@ -62,7 +62,7 @@ class EngineOptions:
 
     Attributes:
         mode: ``"shared"`` runs every bucket on one graph with free dimensions; ``"static"`` gives every bucket a
-            session of its own, with fixed shapes; ``"auto"`` is static where that is faster and fits (``preflight``).
+            session of its own, with fixed shapes; ``"auto"`` is static where that is faster and fits (``settle``).
         provider: an onnxruntime execution provider by name, or ``"auto"``.
         provider_options: passed to the provider as they are; onnxruntime's CPU provider has none.
         threads: threads one run may use; 0 means every core this process may use for a request of a few batches, and
@@ -471,18 +471,21 @@ def in_use(options: EngineOptions) -> str:
     return f"{options.threads or cores}-{many.threads or cores}x{many.workers}"
 
 
-def auto_providers() -> list[str]:
-    """Return the providers that ``"auto"`` may choose instead of the CPU's: those installed that can run here."""
-    found = [OPENVINO] if OPENVINO in installed_providers() and not left_behind() else []
+def auto_provider() -> str | None:
+    """Return the provider that ``"auto"`` may choose instead of the CPU's: a plugin before OpenVINO's own runtime.
+
+    None where none is installed, or can run here.
+    """
     for name, package in PLUGINS.items():
         if importlib.util.find_spec(package):
             with contextlib.suppress(ProviderError):  # it finds nothing to run on
-                found = [name] if _devices(name) else found
-    return found
+                _devices(name)
+                return name
+    return OPENVINO if OPENVINO in installed_providers() and not left_behind() else None
 
 
 def resolve_provider(name: str) -> str:
-    """Return the name of an installed execution provider; ``"auto"``, until ``preflight`` has chosen, is the CPU's.
+    """Return the name of an installed execution provider; ``"auto"``, until ``settle`` has chosen, is the CPU's.
 
     Raises:
         ProviderError: not installed; the message lists those that are.

@@ -287,6 +287,6 @@ def test_tune_says_what_every_bucket_costs_here_and_keeps_it(
     assert [line.split()[0] for line in out.splitlines()[3:7]] == [b.name for b in hf_bucket.load(artifact).ladder]
     assert "Many batches are faster" in out
     status, out, _ = run(capfd, "tune", str(artifact), "--seconds", "0.1", "--json")
-    told = {"at_once", "alone", "ladders", "seconds", "provider", "provider_of_many", "providers"}
+    told = {"at_once", "alone", "ladders", "seconds", "provider", "provider_of_many", "compared"}
     assert (status, set(json.loads(out))) == (0, told)
     assert len(list((tmp_path / "cache").rglob("CPUExecutionProvider-shared-*.json"))) == 1

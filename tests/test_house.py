@@ -24,6 +24,8 @@ ROOMS = (
     {"facts", "probes", "machine", "describe", "session_openvino", "session_cuda"},
     {"session_ort", "costs"},
     {"preflight"},
+    {"providers"},
+    {"settle"},
     {"engines"},
     {"export", "runner", "systems", "quantize", "fuse"},
     {"finish", "evidence"},

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import hf_bucket
 from hf_bucket import finish as finishing
-from hf_bucket import preflight
+from hf_bucket import preflight, settle
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, variant_name
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
@@ -353,9 +353,9 @@ def test_where_only_static_mode_fits_auto_is_that(artifact: Artifact) -> None:
     assert static < shared, "graphs of fixed shapes compute in less"
     for available, mode in ((shared - 1, "static"), (shared, "shared"), (None, "shared")):
         trial = preflight.Trial(budget_s=0.0, available=available)
-        assert preflight.settle(artifact, replace(options, mode="auto"), trial).mode == mode
+        assert settle.settle(artifact, replace(options, mode="auto"), trial).engine.mode == mode
     with pytest.raises(LadderError, match="the ladder needs"):
-        preflight.settle(artifact, replace(options, mode="auto"), preflight.Trial(budget_s=0.0, available=static - 1))
+        settle.settle(artifact, replace(options, mode="auto"), preflight.Trial(budget_s=0.0, available=static - 1))
 
 
 def test_a_fake_engine_needs_no_graph_to_pass(tmp_path: Path) -> None:

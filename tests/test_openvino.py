@@ -13,7 +13,7 @@ from conftest import text_of
 from promises import LATE_S, TEXTS, answer_of_a_child, check_sixteen_threads, logits
 
 import hf_bucket
-from hf_bucket import engines, preflight, session_ort
+from hf_bucket import engines, providers, session_ort
 from hf_bucket.artifact import GRAPH, Artifact
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import ArtifactError, DependencyError, ProviderError
@@ -124,8 +124,8 @@ def test_a_child_of_a_model_that_auto_put_on_openvino_for_one_use_answers(
     one: float,
 ) -> None:
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
-    ratios = {OPENVINO: preflight.Ratios(many=many, one=one)}
-    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    compared = providers.Comparison(provider=OPENVINO, many=many, one=one)
+    monkeypatch.setattr(providers, "_compared", lambda *_: compared)
     monkeypatch.setattr(engines, "faster_at_once", lambda *_, **__: True)
     runner = hf_bucket.load(compiled.folder, workers=2, measure_s=0.1)
     np.testing.assert_allclose(logits(runner, TEXTS), plain, atol=1e-5)

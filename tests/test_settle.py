@@ -1,4 +1,4 @@
-"""``mode="auto"``: static where it fits and is clearly faster, measured once per machine; shared otherwise."""
+"""``"auto"``: the mode and the provider that fit and are clearly faster, measured once per machine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import hf_bucket
-from hf_bucket import preflight, session_ort
+from hf_bucket import preflight, providers, session_ort, settle
 from hf_bucket.artifact import WEIGHTS, Artifact
 from hf_bucket.batch import Array
 from hf_bucket.cache import cache_root
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.costs import Costs
-from hf_bucket.describe import describe_choice
+from hf_bucket.describe import describe_choice, describe_providers
 from hf_bucket.engines import costs_path
 from hf_bucket.errors import ArtifactError, BucketWarning, ProviderError
 from hf_bucket.ladder import Bucket, make_ladder
 from hf_bucket.manifest import FileRecord
-from hf_bucket.preflight import Choice, Trial, after_fork, choose_mode, choose_provider, provider_ratios, settle
+from hf_bucket.memory import Footprint
+from hf_bucket.preflight import Trial
+from hf_bucket.providers import Comparison, after_fork, best_provider, compare_provider
 from hf_bucket.runner import Runner, RunOptions
 from hf_bucket.session import FakeSession
 from hf_bucket.session_ort import CPU, OPENVINO, EngineOptions, versioned
+from hf_bucket.settle import Choice, Settled, choose_mode
 from hf_bucket.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -185,13 +188,14 @@ class Rival(Bench):
 
 def provided(artifact: Artifact, bench: Bench, asked: EngineOptions | None = None, **options: object) -> Providers:
     """Return the providers of a request of one row, and of many batches."""
-    settled = choose_provider(artifact, asked or EngineOptions(workers=2), trial(bench, **options))
+    asked = asked or EngineOptions(workers=2)
+    settled = best_provider(artifact, asked, compare_provider(artifact, asked, trial(bench, **options)))
     assert settled.provider_of_many != settled.provider, "one for both has one name"
     return settled.provider, settled.for_many_batches().provider
 
 
 @pytest.mark.parametrize(
-    ("many", "one", "providers"),
+    ("many", "one", "expected"),
     [
         pytest.param(0.5, 0.5, BOTH, id="twice as fast"),
         pytest.param(0.94, 1.01, (CPU, OPENVINO), id="faster for many"),
@@ -204,23 +208,24 @@ def provided(artifact: Artifact, bench: Bench, asked: EngineOptions | None = Non
     ],
 )
 def test_another_provider_is_taken_for_what_it_is_faster_at(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, providers: Providers
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, expected: Providers
 ) -> None:
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
     bench = Rival(many, one, first_s=5.0)
-    assert provided(artifact, bench) == providers
+    assert provided(artifact, bench) == expected
     assert bench.opened == [(CPU, 6)] * 2 + [(OPENVINO, 6)] * 2, "three lengths, two batch sizes, both uses"
     assert bench.workers == [2, 1] * 2, "a request of one row has every core, as in use"
     assert bench.closed == 24
-    (found,) = provider_ratios(artifact, EngineOptions(workers=2)).values()
-    assert (found.many, found.one) == (pytest.approx(many), pytest.approx(one))
-    assert provider_ratios(artifact, EngineOptions(workers=2, mode="static")) == {}, "they decide nothing there"
-    assert provided(artifact, Rival(1 / many, 1 / one)) == providers, "kept"
+    found = compare_provider(artifact, EngineOptions(workers=2), trial(Rival(2.0)))
+    assert found == Comparison(provider=OPENVINO, many=pytest.approx(many), one=pytest.approx(one))
+    static = EngineOptions(workers=2, mode="static")
+    assert compare_provider(artifact, static, trial(Rival(2.0))) is None, "it decides nothing there"
+    assert provided(artifact, Rival(1 / many, 1 / one)) == expected, "kept"
     assert provided(artifact, Rival(0.5, 0.5), again=True) == BOTH
 
 
 @pytest.mark.parametrize(
-    ("many", "one", "providers"),
+    ("many", "one", "expected"),
     [
         pytest.param(0.94, 1.01, BOTH, id="faster for many"),
         pytest.param(1.01, 0.94, BOTH, id="faster for one"),
@@ -231,12 +236,12 @@ def test_another_provider_is_taken_for_what_it_is_faster_at(
 )
 @pytest.mark.parametrize("why", ["one session", "mode", "int8", "float16", "a graph made elsewhere"])
 def test_where_uses_cannot_part_a_provider_that_is_slower_for_either_is_not_taken(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, why: str, many: float, one: float, providers: Providers
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, why: str, many: float, one: float, expected: Providers
 ) -> None:
     """One worker has one session; the mode is one for both; two engines can round the same text to different int8."""
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    ratios = {OPENVINO: preflight.Ratios(many=many, one=one)}
-    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
+    found = Comparison(provider=OPENVINO, many=many, one=one)
+    monkeypatch.setattr(providers, "_compared", lambda *_: found)
     asked = EngineOptions(workers=1 if why == "one session" else 2, mode="auto" if why == "mode" else "shared")
     changes = {
         "int8": {"dtype": "int8"},
@@ -246,11 +251,11 @@ def test_where_uses_cannot_part_a_provider_that_is_slower_for_either_is_not_take
     if why in changes:
         source = {**artifact.manifest.source, **changes[why]}
         artifact = replace(artifact, manifest=replace(artifact.manifest, source=source))
-    assert provided(artifact, Rival(1.0), asked) == providers
+    assert provided(artifact, Rival(1.0), asked) == expected
 
 
 @pytest.mark.parametrize(
-    ("many", "one", "providers"),
+    ("many", "one", "expected"),
     [
         pytest.param(0.5, 0.5, ("other", "other"), id="faster"),
         pytest.param(1.05, 0.5, ("other", CPU), id="faster for one"),
@@ -258,29 +263,21 @@ def test_where_uses_cannot_part_a_provider_that_is_slower_for_either_is_not_take
     ],
 )
 def test_a_provider_that_runs_one_batch_after_another_can_have_the_requests_of_one_row(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, providers: Providers
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, many: float, one: float, expected: Providers
 ) -> None:
     monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, "other"])
     monkeypatch.setattr(session_ort, "usable_cores", lambda: 2)
-    monkeypatch.setattr(preflight, "auto_providers", lambda: ["other"])
-    ratios = {"other": preflight.Ratios(many=many, one=one)}
-    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
-    assert provided(artifact, Rival(1.0), EngineOptions()) == providers
-
-
-def test_the_fastest_of_several_providers_is_taken(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, OPENVINO, "other"])
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO, "other"])
-    ratios = {OPENVINO: preflight.Ratios(many=0.8, one=0.8), "other": preflight.Ratios(many=1.0, one=0.5)}
-    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
-    assert provided(artifact, Rival(1.0)) == ("other", CPU)
+    monkeypatch.setattr(providers, "auto_provider", lambda: "other")
+    found = Comparison(provider="other", many=many, one=one)
+    monkeypatch.setattr(providers, "_compared", lambda *_: found)
+    assert provided(artifact, Rival(1.0), EngineOptions()) == expected
 
 
 def test_a_provider_is_only_measured_where_the_sessions_that_measuring_opens_fit(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of both uses: it packs the weights for each."""
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
     files = {**artifact.manifest.files, WEIGHTS: FileRecord(sha256="0" * 64, size=10**6)}
     artifact = replace(artifact, manifest=replace(artifact.manifest, files=files))
     both = preflight.takes(artifact, EngineOptions(provider=OPENVINO, workers=2)).total
@@ -295,7 +292,7 @@ def test_a_provider_is_only_measured_where_the_sessions_that_measuring_opens_fit
 def test_figures_are_those_of_as_many_threads_and_workers(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, other: dict[str, int]
 ) -> None:
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
     cores = [2]
     monkeypatch.setattr(session_ort, "usable_cores", lambda: cores[0])
     first = EngineOptions(workers=2)
@@ -313,7 +310,7 @@ def test_a_provider_that_runs_one_batch_after_another_is_compared_batch_by_batch
     """Two at once take twice the time of one on the clock here, so that a single one has to take half."""
     monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, "other"])
     monkeypatch.setattr(session_ort, "usable_cores", lambda: 2)
-    monkeypatch.setattr(preflight, "auto_providers", lambda: ["other"])
+    monkeypatch.setattr(providers, "auto_provider", lambda: "other")
 
     class OneByOne(Rival):
         def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
@@ -323,40 +320,42 @@ def test_a_provider_that_runs_one_batch_after_another_is_compared_batch_by_batch
     bench = OneByOne(0.5)
     assert provided(artifact, bench, EngineOptions()) == ("other", "other")
     assert bench.workers == [2, 1, 1], "one session serves both of its uses"
-    (found,) = provider_ratios(artifact, EngineOptions()).values()
-    assert (found.many, found.one) == (pytest.approx(0.5), pytest.approx(0.5))
+    found = compare_provider(artifact, EngineOptions(), trial(Rival(2.0)))
+    assert found == Comparison(provider="other", many=pytest.approx(0.5), one=pytest.approx(0.5))
 
 
-@pytest.mark.parametrize(("lucky", "providers"), [(2, ON_CPU), (3, (OPENVINO, CPU))])
+@pytest.mark.parametrize(("lucky", "expected"), [(2, ON_CPU), (3, (OPENVINO, CPU))])
 def test_five_runs_decide_however_little_time_there_is(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, lucky: int, providers: Providers
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, lucky: int, expected: Providers
 ) -> None:
     """What is chosen is kept: a busy moment, in which a provider seems faster in some runs, must not choose."""
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
 
     class Lucky(Rival):
         def luck(self, factor: float, run: int) -> float:
             return 0.25 if factor == self.one and 1 <= run <= lucky else 1.0  # the first prepares, and does not count
 
-    assert provided(artifact, Lucky(1.0, one=2.0), budget_s=1e-9) == providers
+    assert provided(artifact, Lucky(1.0, one=2.0), budget_s=1e-9) == expected
 
 
 def test_ratios_that_were_damaged_are_measured_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
     assert provided(artifact, Rival(0.5, 0.5)) == BOTH
-    (path,) = cache_root().rglob("ratios-*.json")
-    for text in (
-        "",
-        "[]",
-        '{"NAME": 0.5}',
-        '{"NAME": {"many": -1.0, "one": 1.0}}',
-        '{"NAME": {"many": 1}}',
-        '{"openvino-2020.1": {"many": 0.5, "one": 0.5}}',
-    ):
-        path.write_text(text.replace("NAME", versioned(OPENVINO)))
+    (path,) = cache_root().rglob("*-ratios-*.json")
+    for text in ("", "[]", '{"many": 0.5}', '{"many": -1.0, "one": 1.0}', '{"many": 0.5, "one": NaN}', '{"why": 1}'):
+        path.write_text(text)
         bench = Rival(2.0)
         assert provided(artifact, bench) == ON_CPU
         assert bench.opened
+
+
+def test_another_version_of_a_provider_is_measured_for_itself(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
+    assert provided(artifact, Rival(0.5, 0.5)) == BOTH
+    monkeypatch.setattr(providers, "versioned", lambda name: f"{name}-2020.1")
+    assert provided(artifact, Rival(2.0, 2.0)) == ON_CPU
 
 
 def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
@@ -364,10 +363,11 @@ def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
 ) -> None:
     bench = Rival(0.5)
     named = replace(AUTO, provider=CPU)
-    assert choose_provider(artifact, named, trial(bench)) == named
-    monkeypatch.setattr(preflight, "auto_providers", list)
+    assert compare_provider(artifact, named, trial(bench)) is None
+    assert best_provider(artifact, named, None) == named
+    monkeypatch.setattr(providers, "auto_provider", lambda: None)
     assert provided(artifact, bench) == ON_CPU
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
     static = EngineOptions(mode="static", workers=2)
     assert provided(artifact, bench, static) == ON_CPU, "it would hold the weights once for every bucket"
     assert provided(artifact, bench, available=1) == ON_CPU
@@ -378,8 +378,8 @@ def test_a_provider_that_is_named_or_the_only_one_or_too_large_is_not_measured(
 def test_runs_too_short_to_tell_providers_apart_stay_on_the_cpu_provider(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    monkeypatch.setattr(preflight, "_WORTH_S", 1.0)
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
+    monkeypatch.setattr(providers, "_WORTH_S", 1.0)
     bench = Rival(0.5)
     assert provided(artifact, bench) == ON_CPU
     assert bench.opened == [(CPU, 6)] * 2
@@ -390,7 +390,7 @@ def test_runs_too_short_to_tell_providers_apart_stay_on_the_cpu_provider(
 def test_a_provider_that_cannot_run_the_model_is_left_out_with_a_warning(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO, "OtherExecutionProvider"])
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
 
     class Half(Rival):
         def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
@@ -398,13 +398,13 @@ def test_a_provider_that_cannot_run_the_model_is_left_out_with_a_warning(
                 raise ArtifactError("no such operator")
             return super().__call__(artifact, options)
 
-    monkeypatch.setattr(session_ort, "installed_providers", lambda: [CPU, OPENVINO, "OtherExecutionProvider"])
     before, bench = set(threading.enumerate()), Half(0.5)
     with pytest.warns(BucketWarning, match='provider="auto" leaves out openvino: no such operator'):
-        assert provided(artifact, bench) == (CPU, "OtherExecutionProvider")
+        assert provided(artifact, bench) == ON_CPU
+    assert bench.closed == len(bench.opened) * 6
     opened = len(bench.opened)
-    assert provided(artifact, bench) == (CPU, "OtherExecutionProvider")
-    assert len(bench.opened) == opened, "kept, that it cannot run the model too; and no second warning"
+    assert provided(artifact, bench) == ON_CPU
+    assert len(bench.opened) == opened, "kept, that it cannot run the model; and no second warning"
     assert set(threading.enumerate()) <= before
 
 
@@ -421,29 +421,44 @@ def test_a_forked_child_of_a_model_that_auto_put_on_openvino_says_that_it_runs_e
 
 
 def test_what_is_settled_leaves_nothing_open(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        preflight, "choose_provider", lambda artifact, options, one: replace(options, provider=OPENVINO)
-    )
+    compared = Comparison(provider=OPENVINO, many=0.5, one=0.5)
+    monkeypatch.setattr(settle, "compare_provider", lambda *_: compared)
     bench = Bench(0.5)
-    found = settle(artifact, AUTO, trial(bench, batches=lambda bucket: {}))
-    assert (found.provider, found.mode) == (OPENVINO, "static")
+    found = settle.settle(artifact, AUTO, trial(bench, batches=lambda bucket: {}))
+    assert (found.engine.provider, found.engine.mode) == (OPENVINO, "static")
+    assert found.provider == compared
+    assert found.mode is not None
+    assert found.mode.seconds
     assert bench.closed == 6
+
+
+def test_where_only_static_mode_fits_it_is_taken_and_that_is_why(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = {"shared": 1000, "static": 500}
+    monkeypatch.setattr(
+        settle, "takes", lambda artifact, options: Footprint(weights=needs[options.mode], sessions=0, activations={})
+    )
+    bench = Bench(1.0)
+    found = settle.settle(artifact, replace(AUTO, provider=CPU), trial(bench, available=999))
+    assert found.engine.mode == "static"
+    assert found.mode == Choice(seconds={}, static_bytes=500, available=999, shared_fits=False)
+    assert bench.opened == [], "there is nothing to choose"
 
 
 def test_open_questions_share_the_budget(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     spent: list[float] = []
 
-    def provider(artifact: Artifact, options: EngineOptions, one: Trial) -> EngineOptions:
+    def provider(artifact: Artifact, options: EngineOptions, one: Trial) -> None:
         spent.append(one.budget_s)
-        return replace(options, provider=CPU)
 
     def mode(artifact: Artifact, options: EngineOptions, one: Trial) -> Choice:
         spent.append(one.budget_s)
         return Choice(seconds={}, static_bytes=1, available=None)
 
-    monkeypatch.setattr(preflight, "choose_provider", provider)
-    monkeypatch.setattr(preflight, "choose_mode", mode)
-    settle(artifact, AUTO, trial(Bench(1.0), budget_s=3.0))
+    monkeypatch.setattr(settle, "compare_provider", provider)
+    monkeypatch.setattr(settle, "choose_mode", mode)
+    settle.settle(artifact, AUTO, trial(Bench(1.0), budget_s=3.0))
     assert spent == [1.5, 1.5]
 
 
@@ -499,7 +514,7 @@ def test_a_runner_opens_the_mode_that_was_chosen(
 ) -> None:
     bench = Bench(ratio)
     figures = {bucket.name: (1.0, ratio) for bucket in LADDER}
-    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: figures)
+    monkeypatch.setattr(settle, "_compare_modes", lambda *arguments, **options: figures)
     runner = Runner(artifact, RunOptions(engine=AUTO, measure_s=1e-9), engine=bench)
     assert bench.opened[-1] == (mode, len(LADDER))
     assert runner.options.engine.mode == "auto", "what was asked for, so that another machine chooses for itself"
@@ -510,9 +525,9 @@ def test_a_runner_opens_the_mode_that_was_chosen(
 def test_a_request_of_one_row_and_one_of_many_run_on_the_providers_chosen_for_them(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, one: str, many: str
 ) -> None:
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    ratios = preflight.Ratios(many=0.5 if many == OPENVINO else 1.05, one=0.5 if one == OPENVINO else 1.05)
-    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: {OPENVINO: ratios})
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
+    ratios = {"many": 0.5 if many == OPENVINO else 1.05, "one": 0.5 if one == OPENVINO else 1.05}
+    monkeypatch.setattr(providers, "_compared", lambda *_: Comparison(provider=OPENVINO, **ratios))
     opened: list[tuple[str, int]] = []
     ran: list[str] = []
 
@@ -544,9 +559,9 @@ def test_a_request_of_one_row_and_one_of_many_run_on_the_providers_chosen_for_th
 def test_a_forked_child_on_other_engines_runs_batches_at_once_whatever_was_faster_on_those_before(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    ratios = {OPENVINO: preflight.Ratios(many=1.05, one=0.5)}
-    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
+    compared = Comparison(provider=OPENVINO, many=1.05, one=0.5)
+    monkeypatch.setattr(providers, "_compared", lambda *_: compared)
     bench = Rival(1.0)
     runner = Runner(artifact, RunOptions(engine=EngineOptions(workers=2), measure_s=1e-9), engine=bench)
     runner._engines.use(Costs(seconds={}, at_once=False))
@@ -583,7 +598,7 @@ def test_the_answer_is_the_same_also_after_pickling_and_in_a_forked_child(
 ) -> None:
     expected = np.stack([row["logits"] for row in hf_bucket.load(compiled.folder)(TEXTS)])
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: {"b1_s8": (1.0, ratio)})
+    monkeypatch.setattr(settle, "_compare_modes", lambda *arguments, **options: {"b1_s8": (1.0, ratio)})
     runner = hf_bucket.load(compiled.folder, mode="auto")
     for one in (runner, pickle.loads(pickle.dumps(runner))):
         assert np.abs(np.stack([row["logits"] for row in one(TEXTS)]) - expected).max() < 1e-5
@@ -606,7 +621,7 @@ def test_a_model_is_loaded_with_what_was_really_measured(
     figures = json.loads(path.read_text(encoding="utf-8"))
     assert figures["mode"] in ("shared", "static")
     assert all(value > 0 for pair in figures["seconds"].values() for value in pair.values())
-    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: pytest.fail("measured twice"))
+    monkeypatch.setattr(settle, "_compare_modes", lambda *arguments, **options: pytest.fail("measured twice"))
     hf_bucket.load(compiled.folder, mode="auto")
 
 
@@ -614,7 +629,7 @@ def test_tune_says_which_mode_and_why(
     compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preflight, "_compare_modes", lambda *arguments, **options: {"b1_s8": (0.004, 0.003)})
+    monkeypatch.setattr(settle, "_compare_modes", lambda *arguments, **options: {"b1_s8": (0.004, 0.003)})
     assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1"]) == 0
     out = capfd.readouterr().out
     assert "mode static: static takes 0.750 of shared's time, and is chosen at 0.97 or less" in out
@@ -630,9 +645,9 @@ def test_tune_says_which_provider_runs_what(
     pytest.importorskip("openvino", reason='openvino is not installed; pip install "hf-bucket[openvino]"')
     monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(session_ort, "usable_cores", lambda: 2)
-    monkeypatch.setattr(preflight, "auto_providers", lambda: [OPENVINO])
-    ratios = {OPENVINO: preflight.Ratios(many=1.04, one=0.9)}
-    monkeypatch.setattr(preflight, "_compare_providers", lambda *_: ratios)
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
+    compared = Comparison(provider=OPENVINO, many=1.04, one=0.9)
+    monkeypatch.setattr(providers, "_compared", lambda *_: compared)
     assert main(["tune", str(compiled.folder), "--seconds", "0.1"]) == 0
     assert capfd.readouterr().out.startswith(
         "provider openvino for a few rows and CPUExecutionProvider for many: "
@@ -641,6 +656,22 @@ def test_tune_says_which_provider_runs_what(
     assert main(["tune", str(compiled.folder), "--seconds", "0.1", "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert (told["provider"], told["provider_of_many"]) == (OPENVINO, CPU)
+    assert told["compared"] == {"provider": OPENVINO, "many": 1.04, "one": 0.9, "why": ""}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (None, "provider CPUExecutionProvider: no other was measured."),
+        (
+            Comparison(provider=OPENVINO, why="runs of less than 5 ms are not worth it"),
+            "provider CPUExecutionProvider: openvino was not compared: runs of less than 5 ms are not worth it.",
+        ),
+    ],
+    ids=["no other", "too short"],
+)
+def test_it_is_said_why_providers_were_not_compared(found: Comparison | None, said: str) -> None:
+    assert describe_providers(Settled(engine=EngineOptions(provider=CPU), provider=found, mode=None)) == said
 
 
 @pytest.mark.parametrize(
@@ -655,11 +686,15 @@ def test_tune_says_which_provider_runs_what(
             "mode shared: nothing was measured; static needs 2.0 MB of memory, there: unknown.",
         ),
         (
+            Choice(seconds={}, static_bytes=2_000_000, available=3_000_000, shared_fits=False),
+            "mode static: shared does not fit; static needs 2.0 MB of memory, there: 3.0 MB.",
+        ),
+        (
             Choice(seconds={"b1_s8": (1.0, 1.1)}, static_bytes=1, available=2),
             "mode shared: static takes 1.100 of shared's time",
         ),
     ],
-    ids=["no room", "no time", "slower"],
+    ids=["no room", "no time", "only static", "slower"],
 )
 def test_a_choice_says_why(choice: Choice, said: str) -> None:
     assert said in describe_choice(choice)
