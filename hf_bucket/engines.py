@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_bucket.artifact import Artifact
+from hf_bucket.assign import Cost
 from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, spread, write_costs
 from hf_bucket.ladder import Bucket
 from hf_bucket.machine import machine_folder, measured_once
@@ -56,9 +57,8 @@ class Engines:
         self._artifact, self._asked = artifact, options
         self._batches, self._make, self._dynamic, self._warmup = batches, make, dynamic, warmup
         self._one = settle(artifact, options, trial).engine
-        self._at_once = True
-        self._quick: frozenset[Bucket] = frozenset()  # buckets whose run is no faster on every core than on one thread
         self._was_open = False
+        self.use(Costs(seconds={}))
         self._begin()
 
     def _begin(self) -> None:
@@ -80,7 +80,14 @@ class Engines:
 
     def use(self, costs: Costs) -> None:
         """Choose sessions by what runs cost, from now on."""
+        ladder = self._artifact.manifest.ladder
         self._at_once, self._quick = costs.at_once, costs.quick
+        self._cost = costs.of(ladder).__getitem__ if costs.tell(ladder) else None
+
+    def cost(self) -> Cost | None:
+        """Return the seconds of a run by its bucket; None where nobody knows, or runs are too short to tell."""
+        self._leave_parent()
+        return self._cost
 
     def of_batches(self, batches: int = 1) -> tuple[Workers, Mapping[Bucket, Session]]:
         """Return what runs a request of some batches, and the sessions for it."""

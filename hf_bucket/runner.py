@@ -83,8 +83,8 @@ class Runner:
         self.artifact = artifact
         self._tokenizer_json = tokenizer_json
         self.options = RunOptions() if options is None else options
-        self._cost, self._given_cost = cost, cost
-        self._alone: dict[int, Bucket] = {}  # by length: the bucket of a row that comes alone
+        self._cost = cost
+        self._alone: dict[tuple[int, bool], Bucket] = {}  # of a row alone: by length, and whether costs are known
         self._overflow = make_overflow(self.options.overflow)
         self._make, self._dynamic = engine, dynamic
         self._encoder: Encoder | None = None
@@ -107,9 +107,7 @@ class Runner:
         self._warn_of_neighbours()
         self._engines.open()
         if cost is None and self.options.measure_s:
-            costs = self.measure(self.options.measure_s / 2, again=False)
-            self._engines.use(costs)
-            self._cost = costs.of(self.ladder).__getitem__ if costs.tell(self.ladder) else None
+            self._engines.use(self.measure(self.options.measure_s / 2, again=False))
             self._engines.of_batches()  # what single requests run on, now that it is known
 
     def __call__(self, texts: Iterable[object]) -> list[Row]:
@@ -295,7 +293,7 @@ class Runner:
             "folder": self.artifact.folder,
             "options": self.options,
             "tokenizer_json": self._tokenizer_json,
-            "cost": self._given_cost,
+            "cost": self._cost,
             "engine": self._make,
             "dynamic": self._dynamic,
         }
@@ -306,13 +304,14 @@ class Runner:
 
     def _assign(self, features: Features) -> list[Assignment]:
         """Return the batches of a request; which bucket takes a row alone is worked out once for every length."""
-        kinds, cost, promote = self._kinds(features), self._cost or cells_cost, self._cost is not None
+        known = self._cost or self._engines.cost()
+        kinds, cost, promote = self._kinds(features), known or cells_cost, known is not None
         if len(features) != 1 or features.lengths[0] > self.ladder.max_length:
             return assign(features.lengths, self.ladder, cost, exact=True, kinds=kinds, promote=promote)
         (length,) = features.lengths
-        if length not in self._alone:
-            self._alone[length] = assign([length], self.ladder, cost, promote=promote)[0].bucket
-        return [Assignment(bucket=self._alone[length], rows=(0,))]
+        if (length, promote) not in self._alone:
+            self._alone[length, promote] = assign([length], self.ladder, cost, promote=promote)[0].bucket
+        return [Assignment(bucket=self._alone[length, promote], rows=(0,))]
 
     def _sample(self, bucket: Bucket) -> Mapping[str, Array]:
         return sample_batch(self.encoder, bucket, self.signature, self.artifact.manifest.vocab_size)

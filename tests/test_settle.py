@@ -556,7 +556,7 @@ def test_a_request_of_one_row_and_one_of_many_run_on_the_providers_chosen_for_th
     assert opened == [(one, 1), (many, 2), (one, 1)]
 
 
-def test_a_forked_child_on_other_engines_runs_batches_at_once_whatever_was_faster_on_those_before(
+def test_a_forked_child_on_other_engines_knows_no_costs_and_runs_batches_at_once(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
@@ -564,12 +564,14 @@ def test_a_forked_child_on_other_engines_runs_batches_at_once_whatever_was_faste
     monkeypatch.setattr(providers, "_compared", lambda *_: compared)
     bench = Rival(1.0)
     runner = Runner(artifact, RunOptions(engine=EngineOptions(workers=2), measure_s=1e-9), engine=bench)
-    runner._engines.use(Costs(seconds={}, at_once=False))
+    runner._engines.use(Costs(seconds=dict.fromkeys(LADDER, 1.0), at_once=False))
+    assert runner._engines.cost() is not None
     runner._engines._pid = -1  # as in a child
     before = len(bench.opened)
     with pytest.warns(BucketWarning, match="OpenVINO's threads do not survive a fork"):
         runner(["w1 w2"] * 30)
     assert (bench.opened[before:], bench.workers[before:]) == ([(CPU, len(LADDER))], [2]), "at once"
+    assert runner._engines.cost() is None, "of the parent's engines"
 
 
 def test_a_provider_of_many_that_cannot_be_is_refused() -> None:
