@@ -13,7 +13,7 @@ from hf_bucket.artifact import Artifact
 from hf_bucket.assign import Cost
 from hf_bucket.costs import Batches, Clock, Costs, faster_at_once, key_of, measure, read_costs, spread, write_costs
 from hf_bucket.ladder import Bucket
-from hf_bucket.machine import machine_folder, measured_once
+from hf_bucket.machine import machine_folder, measured_once, trim_heap
 from hf_bucket.preflight import Trial
 from hf_bucket.providers import after_fork
 from hf_bucket.session import Session
@@ -169,6 +169,7 @@ class Engines:
             if self._warmup and not (options is self._many and self._was_open):
                 for bucket in self._artifact.manifest.ladder:
                     sessions[bucket].run(self._batches(bucket))
+            trim_heap()
             self._was_open = True
         return self._opened[key]
 

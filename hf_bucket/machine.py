@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -61,6 +62,16 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     known = [] if found is None else [int(found[1]) * 1024]
     known += [left for folder in _cgroups(root, "memory") for left in _left(folder)]
     return min(known, default=None)
+
+
+def trim_heap() -> None:
+    """Give back to the system what the C library keeps of freed memory, where it has a call for that, as glibc has.
+
+    Sessions free most of what they allocate while they are made, in pieces between those that they keep.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def _cgroups(root: Path, controller: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -15,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hf_bucket
+from hf_bucket import engines, preflight, settle
 from hf_bucket import finish as finishing
-from hf_bucket import preflight, settle
 from hf_bucket.artifact import GRAPH, WEIGHTS, Artifact, variant_name
 from hf_bucket.cli import main
 from hf_bucket.compile import CompileOptions, compile_model
 from hf_bucket.errors import InputError, LadderError
-from hf_bucket.ladder import make_ladder
-from hf_bucket.machine import available_bytes, usable_cores
+from hf_bucket.ladder import Bucket, make_ladder
+from hf_bucket.machine import available_bytes, trim_heap, usable_cores
 from hf_bucket.manifest import FileRecord, Manifest
 from hf_bucket.memory import ARENA, SESSION, Footprint, Mode, check_fits, footprint
 from hf_bucket.runner import Runner, RunOptions
+from hf_bucket.session import Session
 from hf_bucket.session_ort import CPU, EngineOptions
 from hf_bucket.source import Source
 
@@ -356,6 +358,54 @@ def test_where_only_static_mode_fits_auto_is_that(artifact: Artifact) -> None:
         assert settle.settle(artifact, replace(options, mode="auto"), trial).engine.mode == mode
     with pytest.raises(LadderError, match="the ladder needs"):
         settle.settle(artifact, replace(options, mode="auto"), preflight.Trial(budget_s=0.0, available=static - 1))
+
+
+def _resident() -> int:
+    """Return the bytes of memory that this process has of its own."""
+    found = re.search(r"^Pss_Anon: +([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * KB
+
+
+def test_freed_memory_between_pieces_in_use_goes_back_to_the_system() -> None:
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        assert libc.malloc_trim
+    except (OSError, AttributeError):
+        pytest.skip("only glibc has malloc_trim")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    pieces = [libc.malloc(16 * KB) for _ in range(4000)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, 16 * KB)
+    for number, piece in enumerate(pieces):
+        if number % 10:
+            libc.free(piece)
+    before = _resident()
+    trim_heap()
+    assert before - _resident() > 30 * MB
+    for piece in pieces[::10]:
+        libc.free(piece)
+
+
+def test_what_making_sessions_leaves_behind_goes_back_to_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    opened: list[str] = []
+
+    def engine(artifact: Artifact, options: EngineOptions) -> Mapping[Bucket, Session]:
+        opened.append(options.mode)
+        return fake_engine(artifact, options)
+
+    monkeypatch.setattr(engines, "trim_heap", lambda: trimmed.append(len(opened)))
+    options = RunOptions(engine=EngineOptions(workers=2, provider=CPU))
+    runner = Runner(fake_artifact(tmp_path / "fake", make_ladder([8], batch_sizes=[1])), options, engine=engine)
+    runner(["w1"] * 3)
+    assert trimmed == [1, 2], "after those of a few batches, and those of many"
 
 
 def test_a_fake_engine_needs_no_graph_to_pass(tmp_path: Path) -> None:
