@@ -108,6 +108,7 @@ class Engines:
         with self._lock:
             if self._exact is None:
                 self._exact = self._dynamic(self._artifact, self._one, self._sessions(self._one))
+                trim_heap()
             return self._exact(bucket)
 
     def measure(self, budget_s: float, *, again: bool, clock: Clock = time.perf_counter) -> Costs:
@@ -176,9 +177,10 @@ class Engines:
     def _leave_parent(self) -> None:
         """In a forked child, let go of what the parent opened: its threads, and who held its locks, stayed there."""
         if self._pid != os.getpid():
-            before, self._one = self._one, after_fork(self._asked, self._one)
-            if self._one != before:  # what costs say is of other engines
+            settled = after_fork(self._asked, self._one)
+            if settled != self._one:  # what costs say is of other engines
                 self.use(Costs(seconds={}))
+            self._one = settled
             self._begin()
 
 

@@ -69,9 +69,18 @@ def trim_heap() -> None:
 
     Sessions free most of what they allocate while they are made, in pieces between those that they keep.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = _malloc_trim()
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[object], object] | None:
+    if os.name != "posix":
+        return None
+    with contextlib.suppress(OSError):  # a Python that cannot load libraries has none to look in
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return None
 
 
 def _cgroups(root: Path, controller: str) -> list[Path]:

@@ -51,15 +51,15 @@ def compare_provider(artifact: Artifact, options: EngineOptions, trial: Trial) -
 
     It is measured for as many batches at once as would run in use, since what engines take from each other counts, and
     for a request of one row; figures stay in the machine's cache. There is no choice where a provider is named, where
-    measuring, which opens the sessions of both uses, does not fit the memory, and in static mode, where others hold the
-    weights once for every bucket.
+    no other can run here, where there is no time to measure and nothing is kept, and in static mode, where others hold
+    the weights once for every bucket.
     """
     name = auto_provider() if options.provider == "auto" and options.mode != "static" else None
     if name is None:
         return None
     other = replace(options, provider=name)
     if trial.available is not None and takes(artifact, other).total > trial.available:
-        return None
+        return Comparison(provider=name, why="there is no memory for the sessions of both uses, which measuring opens")
     path = figures_path(artifact, options, f"{versioned(name)}-ratios")
 
     def measured() -> Comparison:
@@ -184,9 +184,13 @@ class _Ways:
     def __init__(self, artifact: Artifact, options: EngineOptions, engine: Engine) -> None:
         ladder, used = artifact.manifest.ladder, options.for_many_batches()
         many = engine(artifact, used)
-        alone = many if used.workers == 1 else engine(artifact, replace(options, workers=1))
-        self._made = {id(one): one for one in (*many.values(), *alone.values())}
-        self.workers = Workers(used.workers)
+        self._made, self.workers = {id(one): one for one in many.values()}, Workers(used.workers)
+        try:
+            alone = many if used.workers == 1 else engine(artifact, replace(options, workers=1))
+        except BaseException:
+            self.close()
+            raise
+        self._made.update({id(one): one for one in alone.values()})
         self.many = {bucket: _AtOnce(many[bucket], self.workers) for bucket in ladder.largest_batches()}
         self.one = {bucket: alone[bucket] for bucket in ladder.smallest_batches()}
 

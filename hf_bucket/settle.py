@@ -60,7 +60,11 @@ class Choice:
     def to_json(self) -> dict[str, object]:
         """Return the choice and its figures."""
         seconds = {name: dict(zip(_WAYS, pair, strict=True)) for name, pair in self.seconds.items()}
-        memory = {"static_bytes": self.static_bytes, "available_bytes": self.available}
+        memory = {
+            "static_bytes": self.static_bytes,
+            "available_bytes": self.available,
+            "shared_fits": self.shared_fits,
+        }
         return {"mode": self.mode, "ratio": self.ratio, **memory, "seconds": seconds}
 
 
@@ -70,7 +74,7 @@ class Settled:
 
     Attributes:
         engine: the options, with a provider and a mode that are not ``"auto"``.
-        provider: how another provider compared; None where there was no choice.
+        provider: how another provider compared, or why it did not; None where there was no choice.
         mode: how modes compared; None where one was named.
     """
 

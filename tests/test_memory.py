@@ -362,8 +362,10 @@ def test_where_only_static_mode_fits_auto_is_that(artifact: Artifact) -> None:
 
 def _resident() -> int:
     """Return the bytes of memory that this process has of its own."""
-    found = re.search(r"^Pss_Anon: +([0-9]+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
-    assert found is not None
+    told = Path("/proc/self/smaps_rollup")
+    found = re.search(r"^Pss_Anon: +([0-9]+) kB", told.read_text() if told.exists() else "", re.MULTILINE)
+    if found is None:
+        pytest.skip("this kernel does not tell the memory of a process")
     return int(found[1]) * KB
 
 

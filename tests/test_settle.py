@@ -28,7 +28,7 @@ from hf_bucket.costs import Costs
 from hf_bucket.describe import describe_choice, describe_providers
 from hf_bucket.engines import costs_path
 from hf_bucket.errors import ArtifactError, BucketWarning, ProviderError
-from hf_bucket.ladder import Bucket, make_ladder
+from hf_bucket.ladder import Bucket, Ladder, make_ladder
 from hf_bucket.manifest import FileRecord
 from hf_bucket.memory import Footprint
 from hf_bucket.preflight import Trial
@@ -284,6 +284,9 @@ def test_a_provider_is_only_measured_where_the_sessions_that_measuring_opens_fit
     assert both > preflight.takes(artifact, EngineOptions(provider=CPU, workers=2)).total
     bench = Rival(1.0, 0.5)
     assert provided(artifact, bench, available=both - 1) == ON_CPU
+    found = compare_provider(artifact, EngineOptions(workers=2), trial(bench, available=both - 1))
+    assert found is not None
+    assert found.why.startswith("there is no memory for the sessions of both uses")
     assert bench.opened == []
     assert provided(artifact, bench, available=both) == (OPENVINO, CPU)
 
@@ -342,7 +345,15 @@ def test_ratios_that_were_damaged_are_measured_again(artifact: Artifact, monkeyp
     monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
     assert provided(artifact, Rival(0.5, 0.5)) == BOTH
     (path,) = cache_root().rglob("*-ratios-*.json")
-    for text in ("", "[]", '{"many": 0.5}', '{"many": -1.0, "one": 1.0}', '{"many": 0.5, "one": NaN}', '{"why": 1}'):
+    for text in (
+        "",
+        "[]",
+        '{"many": 0.5}',
+        '{"many": 1, "one": 1}',
+        '{"many": -1.0, "one": 1.0}',
+        '{"many": 0.5, "one": NaN}',
+        '{"why": 1}',
+    ):
         path.write_text(text)
         bench = Rival(2.0)
         assert provided(artifact, bench) == ON_CPU
@@ -394,15 +405,15 @@ def test_a_provider_that_cannot_run_the_model_is_left_out_with_a_warning(
 
     class Half(Rival):
         def __call__(self, artifact: Artifact, options: EngineOptions) -> dict[Bucket, FakeSession]:
-            if options.provider == OPENVINO:
+            if options.provider == OPENVINO and options.workers == 1:  # those of many open
                 raise ArtifactError("no such operator")
             return super().__call__(artifact, options)
 
     before, bench = set(threading.enumerate()), Half(0.5)
     with pytest.warns(BucketWarning, match='provider="auto" leaves out openvino: no such operator'):
         assert provided(artifact, bench) == ON_CPU
-    assert bench.closed == len(bench.opened) * 6
     opened = len(bench.opened)
+    assert (opened, bench.closed) == (3, 18)
     assert provided(artifact, bench) == ON_CPU
     assert len(bench.opened) == opened, "kept, that it cannot run the model; and no second warning"
     assert set(threading.enumerate()) <= before
@@ -563,15 +574,19 @@ def test_a_forked_child_on_other_engines_knows_no_costs_and_runs_batches_at_once
     compared = Comparison(provider=OPENVINO, many=1.05, one=0.5)
     monkeypatch.setattr(providers, "_compared", lambda *_: compared)
     bench = Rival(1.0)
+    ladder = Ladder((Bucket(batch_size=4, extent=(8,)), Bucket(batch_size=1, extent=(64,))))
+    artifact = replace(artifact, manifest=replace(artifact.manifest, ladder=ladder))
     runner = Runner(artifact, RunOptions(engine=EngineOptions(workers=2), measure_s=1e-9), engine=bench)
-    runner._engines.use(Costs(seconds=dict.fromkeys(LADDER, 1.0), at_once=False))
-    assert runner._engines.cost() is not None
+    runner._engines.use(Costs(seconds=dict(zip(ladder, (2.0, 1.0), strict=True)), at_once=False))
+    runner(["w1"])
+    assert {name: told["batches"] for name, told in runner.stats()["buckets"].items()} == {"b4_s8": 0, "b1_s64": 1}
     runner._engines._pid = -1  # as in a child
     before = len(bench.opened)
     with pytest.warns(BucketWarning, match="OpenVINO's threads do not survive a fork"):
-        runner(["w1 w2"] * 30)
-    assert (bench.opened[before:], bench.workers[before:]) == ([(CPU, len(LADDER))], [2]), "at once"
-    assert runner._engines.cost() is None, "of the parent's engines"
+        runner(["w1"])
+    assert {name: told["batches"] for name, told in runner.stats()["buckets"].items()} == {"b4_s8": 1, "b1_s64": 1}
+    runner(["w1 w2"] * 30)
+    assert (bench.opened[before:], bench.workers[before:]) == ([(CPU, 2)] * 2, [1, 2]), "at once"
 
 
 def test_a_provider_of_many_that_cannot_be_is_refused() -> None:
@@ -641,6 +656,33 @@ def test_tune_says_which_mode_and_why(
     assert (choice["mode"], choice["seconds"]) == ("static", {"b1_s8": {"shared": 0.004, "static": 0.003}})
 
 
+def test_tune_takes_static_mode_where_it_alone_fits(
+    compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    needs = {"shared": 1000, "static": 500}
+    monkeypatch.setattr(
+        settle, "takes", lambda artifact, options: Footprint(weights=needs[options.mode], sessions=0, activations={})
+    )
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 999)
+    assert main(["tune", str(compiled.folder), "--mode", "auto", "--seconds", "0.1", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert (told["choice"]["mode"], told["choice"]["shared_fits"], told["compared"]) == ("static", False, None)
+    assert list(cache_root().rglob(f"{CPU}-static-*.json")), "the costs of static mode are measured"
+
+
+@pytest.mark.parametrize("named", [["--provider", CPU], ["--mode", "static"]], ids=["provider", "static"])
+def test_tune_compares_no_providers_where_there_is_no_choice(
+    compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, named: list[str]
+) -> None:
+    monkeypatch.setenv("HF_BUCKET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(providers, "auto_provider", lambda: OPENVINO)
+    assert main(["tune", str(compiled.folder), "--seconds", "0.1", *named]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("provider CPUExecutionProvider: no other was measured.")
+    assert "Many batches are faster" in out
+
+
 def test_tune_says_which_provider_runs_what(
     compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
@@ -666,11 +708,15 @@ def test_tune_says_which_provider_runs_what(
     [
         (None, "provider CPUExecutionProvider: no other was measured."),
         (
+            Comparison(provider=OPENVINO, why="it cannot run this model: no such operator"),
+            "provider CPUExecutionProvider: openvino was not compared: it cannot run this model: no such operator.",
+        ),
+        (
             Comparison(provider=OPENVINO, why="runs of less than 5 ms are not worth it"),
             "provider CPUExecutionProvider: openvino was not compared: runs of less than 5 ms are not worth it.",
         ),
     ],
-    ids=["no other", "too short"],
+    ids=["no other", "refused", "too short"],
 )
 def test_it_is_said_why_providers_were_not_compared(found: Comparison | None, said: str) -> None:
     assert describe_providers(Settled(engine=EngineOptions(provider=CPU), provider=found, mode=None)) == said
