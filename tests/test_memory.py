@@ -6,7 +6,7 @@ import ctypes
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from hf_bucket.machine import available_bytes, trim_heap, usable_cores
 from hf_bucket.manifest import FileRecord, Manifest
 from hf_bucket.memory import ARENA, SESSION, Footprint, Mode, check_fits, footprint
 from hf_bucket.runner import Runner, RunOptions
-from hf_bucket.session import Session
+from hf_bucket.session import FakeSession, Session
 from hf_bucket.session_ort import CPU, EngineOptions
 from hf_bucket.source import Source
 
@@ -404,10 +404,18 @@ def test_what_making_sessions_leaves_behind_goes_back_to_the_system(
         return fake_engine(artifact, options)
 
     monkeypatch.setattr(engines, "trim_heap", lambda: trimmed.append(len(opened)))
-    options = RunOptions(engine=EngineOptions(workers=2, provider=CPU))
-    runner = Runner(fake_artifact(tmp_path / "fake", make_ladder([8], batch_sizes=[1])), options, engine=engine)
+
+    def dynamic(artifact: Artifact, options: EngineOptions, sessions: object) -> Callable[[Bucket], Session]:
+        opened.append("dynamic")
+        return FakeSession
+
+    options = RunOptions(engine=EngineOptions(workers=2, provider=CPU), overflow="dynamic")
+    ladder = make_ladder([8], batch_sizes=[1])
+    runner = Runner(fake_artifact(tmp_path / "fake", ladder), options, engine=engine, dynamic=dynamic)
     runner(["w1"] * 3)
     assert trimmed == [1, 2], "after those of a few batches, and those of many"
+    runner(["w1 " * 10])
+    assert trimmed == [1, 2, 3], "and after the one of any shape"
 
 
 def test_a_fake_engine_needs_no_graph_to_pass(tmp_path: Path) -> None:
