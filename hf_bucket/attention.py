@@ -1,9 +1,13 @@
-"""Less graph: an attention with nothing between its two products that they do not need.
+"""Less graph: an attention with nothing around its two products that they do not need.
 
 As torch's exporter writes it, keys are turned by a Transpose between two Reshapes, queries and keys are each multiplied
 by the root of one scale, and rows without any token to look at are set to zero right before heads are joined. Each of
 these keeps engines from making one step of the whole. Here keys are turned by one Transpose, the scale is applied once,
 to the first matrix, and zeros are set once heads are joined. Numbers change by rounding only.
+
+Heads are split and joined by Reshapes whose rows and tokens are computed from the inputs, once for all. Here they are
+copied from what is reshaped: then the shape is a constant, and OpenVINO need not stop to read it whenever a length
+differs from the one before.
 
 Which axes are heads and tokens is not guessed: it is read off the shapes for two sizes of input.
 """
@@ -38,9 +42,45 @@ def straighten(model: ir.Model, shapes: Shapes) -> int:
     if has_inner_graphs(model) or model.opset_imports.get("", 0) < _OPSET:
         return 0
     own = [node for node in model.graph if not node.domain and len(node.outputs) == 1]
-    changes = sum(_turn_once(node, shapes) + _scale_once(node) + _set_zeros_last(model, node, shapes) for node in own)
+    changes = sum(_copy_sizes(node, shapes) for node in own)  # first: what the others make has no known shape
+    changes += sum(_turn_once(node, shapes) + _scale_once(node) + _set_zeros_last(model, node, shapes) for node in own)
     RemoveUnusedNodesPass()(model)
     return changes
+
+
+def _copy_sizes(node: ir.Node, shapes: Shapes) -> bool:
+    """Let a Reshape to ``[rows, tokens, constants]`` copy rows and tokens from what it reshapes."""
+    joined = _made_by(node.inputs[1], "Concat") if node.op_type == "Reshape" else None
+    source = node.inputs[0] if joined is not None else None
+    if joined is None or source is None:
+        return False
+    constants = _last_constants(joined)
+    before, after = shapes_of(source, shapes), shapes_of(node.outputs[0], shapes)
+    copied = len(after[0]) - len(constants)
+    leading = [shape[:copied] for shape in before]
+    known = copied > 0 and all(len(shape) == copied for shape in leading)
+    if not known or leading != [shape[:copied] for shape in after] or 0 in constants:
+        return False
+    if any(one == other for one, other in zip(*leading, strict=True)):  # neither rows nor tokens
+        return False
+    shape = constant([*[0] * copied, *constants])
+    node.prepend(shape)
+    node.replace_input_with(1, shape.outputs[0])
+    node.attributes.pop("allowzero", None)  # with it a zero is a size, and not one to copy
+    return True
+
+
+def _last_constants(joined: ir.Node) -> list[int]:
+    """Return the numbers that a Concat of sizes ends with, whatever is computed before them."""
+    from onnx_ir.convenience import get_const_tensor
+
+    numbers: list[int] = []
+    for part in reversed(joined.inputs):
+        tensor = None if part is None else get_const_tensor(part)
+        if tensor is None:
+            break
+        numbers = [*tensor.numpy().tolist(), *numbers]
+    return numbers
 
 
 def _turn_once(node: ir.Node, shapes: Shapes) -> bool:

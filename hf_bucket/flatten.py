@@ -9,6 +9,7 @@ Which values are rows of tokens is not guessed from operators: it is read off th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from hf_bucket.surgery import ELEMENTWISE, SIZES, Shapes, constant, has_inner_graphs, insert_behind, shapes_of
@@ -51,7 +52,7 @@ class _Lists:
         self._lists: dict[ir.Value, Axes] = {}  # with what they were
         self._list_of: dict[ir.Value, ir.Value] = {}  # by a value that is rows
         self._rows_of: dict[ir.Value, ir.Value] = {}  # by a value that is a list
-        self._sizes: dict[int, ir.Value] = {}  # of rows, by their features
+        self._sizes: dict[tuple[int, ...], ir.Value] = {}  # of rows, by what comes after rows and tokens
 
     def suit(self, node: ir.Node) -> bool:
         """Return whether a node can compute a list: a linear layer, or what treats tokens one by one after one."""
@@ -83,19 +84,27 @@ class _Lists:
             node.replace_input_with(place, self._list_of[value])
 
     def spare(self, node: ir.Node) -> None:
-        """Let a node have rows where it had them; a Reshape can do with a list, unless it copies sizes from it."""
+        """Let a node have rows where it had them; a Reshape that need not copy their sizes has the list."""
         for place, value in enumerate(node.inputs):
-            if (
-                value is None
-                or value not in self._lists
-                or (node.op_type == "Reshape" and node.attributes.get_int("allowzero", False))
-            ):
+            if value is None or value not in self._lists or self._reshapes_list(node, *self._lists[value]):
                 continue
             if value not in self._rows_of:
                 several, features = self._lists[value]
-                sizes = self._sizes_of_rows(features) if several else [-1, 1, features]
+                sizes = self._sizes_of_rows((features,)) if several else [-1, 1, features]
                 self._rows_of[value] = self._reshape(value, sizes, behind=value)
             node.replace_input_with(place, self._rows_of[value])
+
+    def _reshapes_list(self, node: ir.Node, several: bool, features: int) -> bool:
+        """Return whether a node makes the same of a list as of rows; one that copies rows and tokens is given them."""
+        if node.op_type != "Reshape" or node.domain:
+            return False
+        if node.attributes.get_int("allowzero", False):
+            return True
+        after = _sizes_after(node.inputs[1], features) if several else ()
+        if not after:
+            return False
+        node.replace_input_with(1, self._sizes_of_rows(after))
+        return True
 
     def _alike(self, axes: Axes, value: ir.Value) -> bool:
         """Return whether a value holds as many tokens as another of these axes."""
@@ -113,18 +122,18 @@ class _Lists:
                 return several, shapes[0][2]
         return None
 
-    def _sizes_of_rows(self, features: int) -> ir.Value:
-        """Return the value ``[rows, -1, features]``, which is made from the graph's first input."""
+    def _sizes_of_rows(self, after: tuple[int, ...]) -> ir.Value:
+        """Return the value ``[rows, -1, *after]``, which is made from the graph's first input."""
         import onnx_ir
 
-        if features not in self._sizes:
-            first, rest = constant([0]), constant([-1, features])
+        if after not in self._sizes:
+            first, rest = constant([0]), constant([-1, *after])
             shape = onnx_ir.node("Shape", [self._model.graph.inputs[0]])
             rows = onnx_ir.node("Gather", [shape.outputs[0], first.outputs[0]])
             whole = onnx_ir.node("Concat", [rows.outputs[0], rest.outputs[0]], {"axis": 0})
             self._model.graph.insert_before(self._model.graph[0], [first, rest, shape, rows, whole])
-            self._sizes[features] = whole.outputs[0]
-        return self._sizes[features]
+            self._sizes[after] = whole.outputs[0]
+        return self._sizes[after]
 
     def _reshape(self, source: ir.Value | None, sizes: Sequence[int] | ir.Value, *, behind: ir.Value) -> ir.Value:
         """Return a value of other sizes; it is made right behind the one that it stands for."""
@@ -135,6 +144,22 @@ class _Lists:
         new.append(onnx_ir.node("Reshape", [source, wanted]))
         insert_behind(self._model, behind, new)
         return new[-1].outputs[0]
+
+
+def _sizes_after(sizes: ir.Value | None, features: int) -> tuple[int, ...]:
+    """Return what a Reshape to a constant ``[0, 0, ...]``, which copies rows and tokens, makes of a token's features.
+
+    () for any other sizes.
+    """
+    from onnx_ir.convenience import get_const_tensor
+
+    tensor = None if sizes is None else get_const_tensor(sizes)
+    numbers = [] if tensor is None else tensor.numpy().tolist()
+    after = numbers[2:]
+    if numbers[:2] != [0, 0] or 0 in after:
+        return ()
+    rest = features // abs(prod(after))
+    return tuple(rest if size == -1 else size for size in after)
 
 
 def _constant_rank(value: ir.Value | None) -> int | None:

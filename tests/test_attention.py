@@ -12,14 +12,15 @@ import pytest
 from graphs import parsed, run, shapes_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_ir.convenience import get_const_tensor
 
 import hf_bucket
 from hf_bucket.artifact import GRAPH
 from hf_bucket.attention import straighten
 from hf_bucket.compile import CompileOptions, compile_model
-from hf_bucket.graph import load_graph, straighten_saved
+from hf_bucket.graph import load_graph, shapes_by_size, straighten_saved
 from hf_bucket.source import Source
-from hf_bucket.surgery import SIZES
+from hf_bucket.surgery import SIZES, Shapes
 
 # An attention as torch's exporter writes it: two heads of width 4; a row whose tokens are all masked gets zeros.
 ATTENTION = """
@@ -82,11 +83,21 @@ attention (float[batch, length, 8] x, bool[batch, length] mask) => (float[batch,
 """
 
 
-def straightened(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """The model after ``straighten``, and the count of changes."""
+def straightened(model: onnx.ModelProto, shapes: Shapes | None = None) -> tuple[onnx.ModelProto, int]:
+    """The model after ``straighten``, and the count of changes but for those that ``copying`` has."""
     changed = ir.serde.deserialize_model(model)
-    changes = straighten(changed, {size: shapes_at(model, *size) for size in SIZES})
-    return ir.serde.serialize_model(changed), changes
+    changes = straighten(changed, shapes or {size: shapes_at(model, *size) for size in SIZES})
+    return ir.serde.serialize_model(changed), changes - len(copying(changed))
+
+
+def copying(model: ir.Model) -> dict[str, list[int]]:
+    """The Reshapes of a graph that copy sizes from what they reshape, by their outputs, and their constant shapes."""
+    found = {}
+    for node in model.graph:
+        shape = get_const_tensor(node.inputs[1]) if node.op_type == "Reshape" else None
+        if shape is not None and "allowzero" not in node.attributes and 0 in shape.numpy():
+            found[str(node.outputs[0].name)] = shape.numpy().tolist()
+    return found
 
 
 def answer(model: onnx.ModelProto, rows: int, tokens: int, features: int = 8, **more: np.ndarray) -> np.ndarray:
@@ -120,14 +131,90 @@ def test_no_number_changes(rows: int, tokens: int) -> None:
 def test_between_the_products_is_what_they_need() -> None:
     before, after = Counter(node.op_type for node in parsed(ATTENTION).graph.node), assert_same(ATTENTION, 3)
     del before["Constant"], after["Constant"]
-    assert before - after == Counter(Transpose=1, Reshape=2, Slice=3, Shape=1, Concat=2, Mul=1)
+    assert before - after == Counter(Transpose=1, Reshape=2, Slice=4, Shape=2, Concat=5, Mul=1)
     assert after - before == Counter(Squeeze=1)
     changed = straightened(parsed(ATTENTION))[0].graph.node
     (keys,) = (node for node in changed if list(node.attribute and node.attribute[0].ints) == [0, 2, 3, 1])
     assert list(keys.input) == ["ks"]
     (scores,) = (node for node in changed if node.op_type == "MatMul" and node.output == ["scores"])
     assert scores.input[1] == keys.output[0]
-    assert [node.op_type for node in changed][-5:] == ["Transpose", "Reshape", "Where", "Concat", "Reshape"]
+    last = [node.op_type for node in changed if node.op_type != "Constant"][-4:]
+    assert last == ["Transpose", "Reshape", "Where", "Reshape"]
+
+
+def test_heads_are_split_and_joined_by_constant_shapes() -> None:
+    model = parsed(ATTENTION)
+    changed = ir.serde.deserialize_model(straightened(model)[0])
+    heads = [0, 0, -1, 4]
+    assert copying(changed) == {"qs": heads, "ks": heads, "vs": heads, "joined": [0, 0, -1], "y": [0, 0, -1]}
+    assert not copying(ir.serde.deserialize_model(model))
+
+
+# Rows of tokens, and a Reshape in place of STEP.
+RESHAPED = """
+<ir_version: 9, opset_import: ["" : 20]>
+reshaped (float[batch, length] ids) => (float[?, ?, ?] y)
+<float[8] row, float[8, 8] w>
+{
+    sizes = Shape (ids)
+    at0 = Constant <value_ints = [0]> ()
+    at1 = Constant <value_ints = [1]> ()
+    at2 = Constant <value_ints = [2]> ()
+    at4 = Constant <value_ints = [4]> ()
+    at8 = Constant <value_ints = [8]> ()
+    any = Constant <value_ints = [-1]> ()
+    column = Unsqueeze (ids, any)
+    x = Mul (column, row)
+    rows = Slice (sizes, at0, at1)
+    tokens = Slice (sizes, at1, at2)
+    both = Mul (rows, tokens)
+    STEP
+    y = Neg (z)
+}
+"""
+BLOCKS = """
+    missing = Neg (tokens)
+    more = Mod (missing, at8)
+    none = Constant <value_ints = [0, 0, 0, 0]> ()
+    pads = Concat <axis = 0> (none, more, at0)
+    whole = Pad (x, pads)
+    shape = Concat <axis = 0> (rows, any, at8, at8)
+    blocks = Reshape (whole, shape)
+    z = ReduceMax <keepdims = 0> (blocks, at2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "copied"),
+    [
+        pytest.param("s = Concat <axis = 0> (rows, tokens, at8)\n z = Reshape (x, s)", [0, 0, 8], id="all sizes"),
+        pytest.param("s = Concat <axis = 0> (rows, any, at4)\n z = Reshape (x, s)", [0, -1, 4], id="rows"),
+        pytest.param(BLOCKS, [0, -1, 8, 8], id="as many blocks as tokens fill, which is one for each of SIZES"),
+        pytest.param("s = Concat <axis = 0> (tokens, rows, at8)\n z = Reshape (x, s)", None, id="the other way round"),
+        pytest.param("s = Concat <axis = 0> (both, at2, at4)\n z = Reshape (x, s)", None, id="another size"),
+        pytest.param("s = Concat <axis = 0> (any, at2, at4)\n z = Reshape (x, s)", None, id="none computed"),
+        pytest.param("s = Concat <axis = 0> (rows, tokens, at0)\n z = Reshape (x, s)", None, id="a zero of its own"),
+        pytest.param(
+            "n = Mul (at2, at4)\n s = Concat <axis = 0> (n, any, at4)\n z = Reshape (w, s)", None, id="no rows"
+        ),
+        pytest.param(
+            "s = Concat <axis = 0> (rows, tokens, at8)\n t = Mul (s, at1)\n z = Reshape (x, t)",
+            None,
+            id="not joined last",
+        ),
+    ],
+)
+def test_a_shape_is_constant_where_its_sizes_are_those_of_the_input(
+    step: str, copied: list[int] | None, tmp_path: Path
+) -> None:
+    model = parsed(RESHAPED.replace("STEP", step))
+    onnx.save(model, tmp_path / GRAPH)
+    changed, changes = straightened(model, shapes_by_size(tmp_path / GRAPH))
+    assert changes == 0
+    assert [*copying(ir.serde.deserialize_model(changed)).values()] == ([] if copied is None else [copied])
+    for rows, tokens in (3, 4), (1, 1), (2, 20):
+        inputs = {"ids": np.random.default_rng(0).normal(size=(rows, tokens)).astype(np.float32)}
+        np.testing.assert_array_equal(run(changed, inputs), run(model, inputs))
 
 
 def test_one_scale_is_the_product_of_both() -> None:
@@ -235,6 +322,8 @@ def test_values_of_unknown_shape_are_left_alone() -> None:
     model = parsed(ATTENTION)
     changed = ir.serde.deserialize_model(model)
     assert straighten(changed, {size: {} for size in SIZES}) == 1, "scales have no shape"
+    changed = ir.serde.deserialize_model(model)
+    assert straighten(changed, {SIZES[0]: shapes_at(model, *SIZES[0]), SIZES[1]: {}}) == 1, "one size tells nothing"
 
 
 def test_one_size_alone_does_not_tell_how_keys_are_turned() -> None:
@@ -285,10 +374,10 @@ def test_an_operator_of_another_domain_is_none_of_onnxs() -> None:
     )
     model = parsed(text)
     known = {size: {**shapes_at(parsed(ATTENTION), *size)} for size in SIZES}
-    changed = ir.serde.deserialize_model(model)
-    assert straighten(changed, known) == 2
-    (ours,) = (node for node in changed.graph if node.domain == "ours")
-    assert [value.name for value in ours.inputs] == ["qm", "kx"]
+    changed, changes = straightened(model, known)
+    assert changes == 2
+    (ours,) = (node for node in changed.graph.node if node.domain == "ours")
+    assert list(ours.input) == ["qm", "kx"]
 
 
 def test_a_graph_older_than_squeezes_with_an_input_is_left_alone() -> None:
@@ -307,8 +396,7 @@ def test_scales_whose_product_half_precision_cannot_hold_stay(root: float, other
         if node.output[0] in ("root", "other"):
             half = np.array(root if node.output[0] == "root" else other, dtype=np.float16)
             node.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(half))
-    changed = ir.serde.deserialize_model(model)
-    assert straighten(changed, {size: shapes_at(parsed(ATTENTION), *size) for size in SIZES}) == changes
+    assert straightened(model, {size: shapes_at(parsed(ATTENTION), *size) for size in SIZES})[1] == changes
 
 
 def test_products_of_whole_numbers_are_none_of_attentions() -> None:
@@ -351,6 +439,7 @@ def test_a_compiled_bert_has_no_more_than_it_needs(tiny_bert: Path) -> None:
     assert layers == 2
     assert operators["Transpose"] == operators["Reshape"] == 4 * layers
     assert operators["Where"] == layers
+    assert len(copying(load_graph(graph))) == 4 * layers
 
 
 def test_a_graph_that_cannot_be_written_again_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,23 @@ def test_nothing_goes_from_lists_to_rows_and_back() -> None:
     assert found["Reshape"] == 6
 
 
+@pytest.mark.parametrize("heads", [2, -1])
+def test_a_split_that_copies_rows_and_tokens_takes_the_list(heads: int) -> None:
+    shapes = {
+        "split = Concat <axis = 0> (leading, any, at4)": f"split = Constant <value_ints = [0, 0, {heads}, 4]> ()",
+        "join = Concat <axis = 0> (leading, any)": "join = Constant <value_ints = [0, 0, -1]> ()",
+        "<allowzero = 1> ": "",
+    }
+    text = LAYER
+    for line, instead in shapes.items():
+        assert line in text
+        text = text.replace(line, instead)
+    changed = assert_same(text, 6)
+    found = operators(changed)
+    assert (found["Reshape"], found["Concat"]) == (6, 2), "as many as where nothing is copied"
+    assert shapes_at(changed, 3, 5)["qs"] == (3, 5, 2, 4)
+
+
 def test_what_leaves_the_graph_keeps_its_rows() -> None:
     changed = assert_same(LAYER.replace("y = Identity (end)", "y = Add (end, bo)"), 6)
     assert shapes_at(changed, 3, 5)["y"] == (3, 5, 8)
@@ -127,6 +144,16 @@ def test_what_leaves_the_graph_keeps_its_rows() -> None:
         pytest.param("end = Add (last, places)", 6, id="one row for all"),
         pytest.param(
             "zeros = Constant <value_ints = [0, 0, 8]> ()\n end = Reshape (last, zeros)", 6, id="sizes copied"
+        ),
+        pytest.param(
+            "zeros = Constant <value_ints = [0, 0, 2, 4]> ()\n h = Reshape (last, zeros)\n t = Softmax <axis = 1> (h)\n"
+            " back = Constant <value_ints = [0, 0, -1]> ()\n end = Reshape (t, back)",
+            6,
+            id="sizes copied, and features split",
+        ),
+        pytest.param("zeros = Constant <value_ints = [0, 0, 0]> ()\n end = Reshape (last, zeros)", 6, id="all copied"),
+        pytest.param(
+            "zeros = Constant <value_ints = [0, -1, 8]> ()\n end = Reshape (last, zeros)", 6, id="rows copied"
         ),
         pytest.param("more = CumSum (last, at1)\n z = MatMul (more, wq)\n end = Neg (z)", 7, id="a layer after it"),
         pytest.param(
