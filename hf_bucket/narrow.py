@@ -144,19 +144,20 @@ def _holds(value: ir.Value | None, axis: int) -> bool:
 def _narrow_reshape(node: ir.Node, axis: int) -> dict[int, int] | None:
     """Narrow a Reshape that changes only what comes after the token axis, such as heads into features."""
     source, target = node.inputs[0], node.outputs[0]
-    if source is None or source.shape is None or target.shape is None or node.attributes.get_int("allowzero", False):
+    if source is None or source.shape is None or target.shape is None:
         return None
     place = len(target.shape) - axis
     before, after = source.shape[:place], source.shape[place + 1 :]
     sizes = [*after, *target.shape[place + 1 :]]
     same = before == target.shape[:place] and "None" not in map(str, before)
-    if not same or not all(isinstance(size, int) for size in sizes):
+    if not same or not all(isinstance(size, int) and size for size in sizes):
         return None
     if prod(sizes[: len(after)]) != prod(sizes[len(after) :]):  # else, of equal sizes in all, the tokens stay too
         return None
     shape = constant([*[0] * place, 1, *(int(str(size)) for size in sizes[len(after) :])])  # 0: as long as in the input
     node.prepend(shape)
     node.replace_input_with(1, shape.outputs[0])
+    node.attributes.pop("allowzero", None)  # with it a zero is a size, and not one to copy
     return {0: len(source.shape) - place}
 
 
