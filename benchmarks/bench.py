@@ -43,9 +43,7 @@ def measure(
     Raises:
         WorkerError: the reference, or the machine's own speed, cannot be measured.
     """
-    request.texts_path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"texts": request.data.texts, "calibration": request.data.calibration}
-    request.texts_path.write_text(json.dumps(data), encoding="utf-8")
+    request.write_texts()
     before = matrix_product(start)
     reference = refer(request, start)
     turns = Turns(request, systems, start, reserve_bytes=reserve_bytes, say=say)

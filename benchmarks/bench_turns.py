@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sys
@@ -51,6 +52,12 @@ class Request:
     def texts_path(self) -> Path:
         """File through which workers get the texts."""
         return self.build / "texts" / f"{self.data.name}-{self.model_name}.json"
+
+    def write_texts(self) -> None:
+        """Write that file."""
+        self.texts_path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"texts": self.data.texts, "calibration": self.data.calibration}
+        self.texts_path.write_text(json.dumps(data), encoding="utf-8")
 
     def job(self, system: System) -> dict[str, Any]:
         """Return what ``worker_engines.Job`` takes."""
@@ -181,11 +188,16 @@ class Turns:
         self._prepared.add(str(folder))
         shutil.rmtree(folder, ignore_errors=True)
         self._make_room()
-        worker = self._start(system)
-        try:
-            return float(worker.ask("prepare", **job)["seconds"])
-        finally:
-            worker.close()
+        return prepare(system, job, self._start)
+
+
+def prepare(system: System, job: Mapping[str, Any], start: Start) -> float:
+    """Let a process of its own export what a system runs, and return its seconds."""
+    worker = start(system)
+    try:
+        return float(worker.ask("prepare", **job)["seconds"])
+    finally:
+        worker.close()
 
 
 class Record:

@@ -22,6 +22,7 @@ import bench
 import bench_report
 import bench_turns
 import record
+import singles
 import worker
 from bench_data import DataSet, Sizes, flat_texts, lengths_of
 from bench_environments import read_environments
@@ -509,6 +510,54 @@ def test_a_missing_environment_names_the_command_that_builds_it(tmp_path: Path) 
     place = Place(environments=tmp_path, build=tmp_path)
     with pytest.raises(WorkerError, match="environment st is missing; run make bench-environments"):
         place.start(system("one", environment="st"))
+
+
+# --- single requests -----------------------------------------------------------------------------------------
+
+
+def test_every_process_of_every_system_answers_the_same_requests_in_turns(request_of_three: Request) -> None:
+    start = Fakes()
+    request = replace(request_of_three, single_rows=tuple(range(7)))
+    found = singles.measure(request, [system(OURS), system("one")], start, processes=2)
+    assert found == {OURS: [[0.01] * 7] * 2, "one": [[0.01] * 7] * 2}
+    assert [start.journal.count((do, "one")) for do in ("load", "single", "close")] == [2, 2 * 3, 2]
+    timed = start.asked("single")[4:]
+    assert [sorted(timed[turn : turn + 4]) for turn in (0, 4)] == [[OURS, OURS, "one", "one"]] * 2
+    assert json.loads(request.texts_path.read_text())["texts"] == list(TEXTS)
+
+
+def test_a_process_that_fails_leaves_none_behind(request_of_three: Request) -> None:
+    start = Fakes(one="single")
+    with pytest.raises(WorkerError, match="Boom"):
+        singles.measure(request_of_three, [system(OURS), system("one")], start, processes=2)
+    assert len(start.asked("close")) == len(start.asked("load")) == 2
+
+
+def test_what_single_requests_need_is_exported_once(request_of_three: Request) -> None:
+    start = Fakes()
+    singles.measure(request_of_three, [system(OURS), system("one", prepared="exported")], start, processes=3)
+    assert start.asked("prepare") == ["one"]
+
+
+def test_single_requests_are_compared_text_by_text() -> None:
+    found = singles.figures(
+        {
+            OURS: [[0.001, 0.010], [0.003, 0.010], [0.002, 0.040]],
+            "one": [[0.004, 0.005], [0.005, 0.005], [0.003, 0.005]],
+        }
+    )
+    assert found["one"]["x_hf_bucket"] == {"median": 1.25, "min": 0.5, "max": 2.0, "n": 2}
+    assert found["one"]["p50_ms"] == pytest.approx(5.0)
+    assert found[OURS]["processes_p50_ms"] == pytest.approx([5.5, 6.5, 21.0])
+    assert found[OURS]["x_hf_bucket"] == {"median": 1.0, "min": 1.0, "max": 1.0, "n": 2}
+
+
+def test_single_requests_without_ours_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["singles.py", "--only", "optimum", "--models", "m", "--data-dir", "d"])
+    assert singles.main() == 1
+    assert "without hf_bucket there is nothing to compare with" in capsys.readouterr().err
 
 
 def test_what_was_exported_of_one_model_is_never_taken_for_another(request_of_three: Request) -> None:
