@@ -2,7 +2,8 @@
 
     python scripts/soak.py ARTIFACT --requests 20000 --out benchmarks/results/soak.json
 
-The slope is fitted to the resident memory over the second half of the requests, when every bucket has long run once.
+It is the median growth of the resident memory over ten stretches of the second half of the requests, when every bucket
+has long run once: what leaks grows in each of them, a block that the allocator takes once does in one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 import hf_bucket
 
 _SAMPLES = 400
+_STRETCHES = 10
 
 
 def resident_bytes() -> int:
@@ -36,7 +39,7 @@ def texts_of(chance: random.Random, words: list[str], longest: int, rows: int) -
 
 
 def soak(folder: Path, n: int, seed: int = 0) -> dict[str, object]:
-    """Return the slope of the resident memory, with what it was measured on."""
+    """Return the growth of the resident memory, with what it was measured on."""
     chance = random.Random(seed)
     runner = hf_bucket.load(folder, overflow="truncate")
     largest = runner.ladder.max_length
@@ -51,12 +54,13 @@ def soak(folder: Path, n: int, seed: int = 0) -> dict[str, object]:
             samples.append((number, resident_bytes()))
     seconds = time.perf_counter() - start
     late = [(at, size) for at, size in samples if at > n // 2]
-    slope = np.polyfit(*np.array(late, dtype=float).T, 1)[0]
+    stretches = np.array_split(np.array(late), max(1, min(_STRETCHES, len(late) // 2)))
+    growth = median((sizes[-1] - sizes[0]) / (at[-1] - at[0]) for at, sizes in (one.T for one in stretches))
     return {
         "requests": n,
         "rows": runner.stats()["rows"],
         "buckets_run": sum(figures["rows"] > 0 for figures in runner.stats()["buckets"].values()),
-        "bytes_per_request": round(float(slope), 2),
+        "bytes_per_request": round(float(growth), 2),
         "resident_bytes": {str(at): size for at, size in samples[:: max(1, len(samples) // 10)]},
         "seconds": round(seconds, 1),
         "ladder": str(runner.ladder),
