@@ -6,7 +6,8 @@
 Two processes of one and the same system differ by up to a quarter, for as long as they live, and the machine's speed
 drifts: a table of ``bench.py``, where every system has one process and its requests come one after the other, cannot
 tell a few hundredths apart. Here every system has several, all stay loaded, and each answers the same texts. All other
-arguments are those of ``bench.py``, which compares the answers too.
+arguments are those of ``bench.py``, which compares the answers too; its rounds, page and list there are none of, and
+what it exported is taken as it is.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ def main() -> int:
     if own.processes < 1:
         parser.error(f"--processes is {own.processes}; it must be at least 1")
     arguments = parse(rest)
+    refused = [name for name in ("again", "list", "page") if getattr(arguments, name)]
+    if refused or arguments.singles < 1:
+        parser.error(f"--{refused[0]} is bench.py's only" if refused else "--singles must be at least 1")
     place = Place(environments=arguments.environments, build=arguments.build, timeout_s=arguments.timeout_s)
     try:
         systems = chosen(arguments.only, arguments.without)

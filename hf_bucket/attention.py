@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_bucket.surgery import Shapes, constant, has_inner_graphs, insert_behind, shapes_of
+from hf_bucket.surgery import Shapes, constant, has_inner_graphs, insert_behind, reshape_to, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,10 +63,7 @@ def _copy_sizes(node: ir.Node, shapes: Shapes) -> bool:
         return False
     if any(one == other for one, other in zip(*leading, strict=True)):  # neither rows nor tokens
         return False
-    shape = constant([*[0] * copied, *constants])
-    node.prepend(shape)
-    node.replace_input_with(1, shape.outputs[0])
-    node.attributes.pop("allowzero", None)  # with it a zero is a size, and not one to copy
+    reshape_to(node, [*[0] * copied, *constants])
     return True
 
 

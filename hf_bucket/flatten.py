@@ -86,7 +86,7 @@ class _Lists:
     def spare(self, node: ir.Node) -> None:
         """Let a node have rows where it had them; a Reshape that need not copy their sizes has the list."""
         for place, value in enumerate(node.inputs):
-            if value is None or value not in self._lists or self._reshapes_list(node, *self._lists[value]):
+            if value is None or value not in self._lists or self._keep_list(node, *self._lists[value]):
                 continue
             if value not in self._rows_of:
                 several, features = self._lists[value]
@@ -94,8 +94,8 @@ class _Lists:
                 self._rows_of[value] = self._reshape(value, sizes, behind=value)
             node.replace_input_with(place, self._rows_of[value])
 
-    def _reshapes_list(self, node: ir.Node, several: bool, features: int) -> bool:
-        """Return whether a node makes the same of a list as of rows; one that copies rows and tokens is given them."""
+    def _keep_list(self, node: ir.Node, several: bool, features: int) -> bool:
+        """Let a Reshape keep the list if it can make the same of it, and return whether it does."""
         if node.op_type != "Reshape" or node.domain:
             return False
         if node.attributes.get_int("allowzero", False):

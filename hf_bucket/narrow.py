@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_bucket.surgery import ELEMENTWISE, constant, insert_behind
+from hf_bucket.surgery import ELEMENTWISE, constant, insert_behind, reshape_to
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -154,10 +154,7 @@ def _narrow_reshape(node: ir.Node, axis: int) -> dict[int, int] | None:
         return None
     if prod(sizes[: len(after)]) != prod(sizes[len(after) :]):  # else, of equal sizes in all, the tokens stay too
         return None
-    shape = constant([*[0] * place, 1, *(int(str(size)) for size in sizes[len(after) :])])  # 0: as long as in the input
-    node.prepend(shape)
-    node.replace_input_with(1, shape.outputs[0])
-    node.attributes.pop("allowzero", None)  # with it a zero is a size, and not one to copy
+    reshape_to(node, [*[0] * place, 1, *(int(str(size)) for size in sizes[len(after) :])])
     return {0: len(source.shape) - place}
 
 

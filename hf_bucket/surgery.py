@@ -41,6 +41,14 @@ def constant(numbers: Sequence[int]) -> ir.Node:
     return onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(np.array(numbers, dtype=np.int64))})
 
 
+def reshape_to(node: ir.Node, sizes: Sequence[int]) -> None:
+    """Let a Reshape make constant sizes, of which a zero is copied from what it reshapes."""
+    shape = constant(sizes)
+    node.prepend(shape)
+    node.replace_input_with(1, shape.outputs[0])
+    node.attributes.pop("allowzero", None)  # with it a zero is a size, and not one to copy
+
+
 def insert_behind(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
     """Put nodes right behind the one that makes a value; what nobody makes is there from the beginning."""
     producer = value.producer()

@@ -48,6 +48,7 @@ for constant, as_exported in {
     "split = Constant <value_ints = [0, -1, 2, 4]> ()": "split = Concat <axis = 0> (leading, any, four)",
     "join = Constant <value_ints = [0, -1, 8]> ()": "join = Concat <axis = 0> (leading, any)",
 }.items():
+    assert constant in COMPUTED
     COMPUTED = COMPUTED.replace(constant, as_exported)
 COMPUTED = COMPUTED.replace("Reshape (", "Reshape <allowzero = 1> (").replace(
     "{\n",
