@@ -195,7 +195,10 @@ BLOCKS = """
         pytest.param("s = Concat <axis = 0> (any, at2, at4)\n z = Reshape (x, s)", None, id="none computed"),
         pytest.param("s = Concat <axis = 0> (rows, tokens, at0)\n z = Reshape (x, s)", None, id="a zero of its own"),
         pytest.param(
-            "n = Mul (at2, at4)\n s = Concat <axis = 0> (n, any, at4)\n z = Reshape (w, s)", None, id="no rows"
+            "t = Transpose <perm = [0, 2, 1]> (x)\n each = MatMul (t, x)\n one = ReduceMax <keepdims = 0> (each, at0)\n"
+            " n = Mul (at2, at4)\n s = Concat <axis = 0> (n, any, at4)\n z = Reshape (one, s)",
+            None,
+            id="no rows",
         ),
         pytest.param(
             "s = Concat <axis = 0> (rows, tokens, at8)\n t = Mul (s, at1)\n z = Reshape (x, t)",

@@ -517,12 +517,13 @@ def test_a_missing_environment_names_the_command_that_builds_it(tmp_path: Path) 
 
 def test_every_process_of_every_system_answers_the_same_requests_in_turns(request_of_three: Request) -> None:
     start = Fakes()
-    request = replace(request_of_three, single_rows=tuple(range(7)))
+    request = replace(request_of_three, single_rows=tuple(range(7)), seed=1)
     found = singles.measure(request, [system(OURS), system("one")], start, processes=2)
     assert found == {OURS: [[0.01] * 7] * 2, "one": [[0.01] * 7] * 2}
     assert [start.journal.count((do, "one")) for do in ("load", "single", "close")] == [2, 2 * 3, 2]
     timed = start.asked("single")[4:]
     assert [sorted(timed[turn : turn + 4]) for turn in (0, 4)] == [[OURS, OURS, "one", "one"]] * 2
+    assert timed[:4] != timed[4:], "in an order of their own"
     assert json.loads(request.texts_path.read_text())["texts"] == list(TEXTS)
 
 

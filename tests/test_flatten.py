@@ -155,6 +155,12 @@ def test_what_leaves_the_graph_keeps_its_rows() -> None:
         pytest.param(
             "zeros = Constant <value_ints = [0, -1, 8]> ()\n end = Reshape (last, zeros)", 6, id="rows copied"
         ),
+        pytest.param(
+            "some = Constant <value_ints = [-1, 2, 4]> ()\n h = Reshape (last, some)\n t = Softmax <axis = 1> (h)\n"
+            " end = Reshape (t, sizes)",
+            6,
+            id="none copied",
+        ),
         pytest.param("more = CumSum (last, at1)\n z = MatMul (more, wq)\n end = Neg (z)", 7, id="a layer after it"),
         pytest.param(
             "z = Slice (last, at0, at1, at1)\n o = MatMul (z, wq)\n p = Add (o, bq)\n end = Add (last, p)",
