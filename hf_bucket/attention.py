@@ -2,8 +2,10 @@
 
 As torch's exporter writes it, keys are turned by a Transpose between two Reshapes, queries and keys are each multiplied
 by the root of one scale, and rows without any token to look at are set to zero right before heads are joined. Each of
-these keeps engines from making one step of the whole. Here keys are turned by one Transpose, the scale is applied once,
-to the first matrix, and zeros are set once heads are joined. Numbers change by rounding only.
+these keeps engines from making one step of the whole. Here keys are turned by one Transpose, and the scale is applied
+once, to the first matrix: numbers change by rounding only. Zeros are left out where every token of a row, padding too,
+has one to look at as soon as one is real, and requests without a real token are refused; elsewhere zeros are set once
+heads are joined.
 
 Heads are split and joined by Reshapes whose rows and tokens are computed from the inputs, once for all. Here they are
 copied from what is reshaped: then the shape is a constant, and OpenVINO need not stop to read it whenever a length
@@ -14,21 +16,25 @@ Which axes are heads and tokens is not guessed: it is read off the shapes for tw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_bucket.surgery import Shapes, constant, has_inner_graphs, insert_behind, reshape_to, shapes_of
+from hf_bucket.surgery import Shapes, computed, constant, has_inner_graphs, insert_behind, reshape_to, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from hf_bucket.batch import Array
+
 _SWAP = [0, 2, 1, 3]  # tokens and heads
 _OPSET = 13
+_LARGE_SCORE = 1e4  # larger than any score of an attention
 _ROUNDED = 2.0**-7  # how far a product of two factors may be off, in the least exact type there is, bfloat16
 
 
-def straighten(model: ir.Model, shapes: Shapes) -> int:
+def straighten(model: ir.Model, shapes: Shapes, masks: Array | None = None) -> int:
     """Leave out what attentions do not need; return how many changes were made.
 
     A graph with branches or loops stays as it is: their bodies may read any value by its name. So does one of an opset
@@ -36,6 +42,8 @@ def straighten(model: ir.Model, shapes: Shapes) -> int:
 
     Args:
         shapes: of the graph's values, for each of ``SIZES``. Without those that it is about, an axis stays where it is.
+        masks: an ``attention_mask`` with a row that is padding but for very few tokens, and one without padding: zeros
+            that it does not call for are left out. None leaves none out.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -43,6 +51,7 @@ def straighten(model: ir.Model, shapes: Shapes) -> int:
         return 0
     own = [node for node in model.graph if not node.domain and len(node.outputs) == 1]
     changes = sum(_copy_sizes(node, shapes) for node in own)  # first: what the others make has no known shape
+    changes += 0 if masks is None else _leave_out_zeros(model, own, shapes, masks)
     changes += sum(_turn_once(node, shapes) + _scale_once(node) + _set_zeros_last(model, node, shapes) for node in own)
     RemoveUnusedNodesPass()(model)
     return changes
@@ -130,6 +139,42 @@ def _scale_once(node: ir.Node) -> bool:
     left.replace_input_with(1, factor.outputs[0])
     node.replace_input_with(1, right.inputs[0])
     return True
+
+
+def _leave_out_zeros(model: ir.Model, nodes: Sequence[ir.Node], shapes: Shapes, masks: Array) -> int:
+    """Leave out every choice between a number and an attention that never is the number; return how many.
+
+    What is added to its scores has to be finite, and after it is added too, which in half precision the least number is
+    not: then the attention is a number whatever is masked, and a token without any to look at, as there may be in
+    padding longer than that of ``masks``, hands nothing on to others.
+    """
+    costs = {node: cost for node in nodes if (cost := _cost_of_tokens(node, shapes)) is not None}
+    asked = {value for node, cost in costs.items() for value in (node.inputs[0], cost)}
+    found = {value: None if value is None else computed(model, value, masks) for value in asked}
+    left_out = 0
+    for node, cost in costs.items():
+        chosen, added, context = found[node.inputs[0]], found[cost], node.inputs[2]
+        if chosen is None or added is None or context is None:
+            continue
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(added - _LARGE_SCORE).all()
+        if finite and not chosen.any():
+            node.outputs[0].replace_all_uses_with(context)
+            left_out += 1
+    return left_out
+
+
+def _cost_of_tokens(node: ir.Node, shapes: Shapes) -> ir.Value | None:
+    """Return what is added to the scores of the attention that a node chooses, unless it takes a number instead."""
+    if node.op_type != "Where" or _number(node.inputs[1]) is None or node.outputs[0].is_graph_output():
+        return None
+    context = _made_by(node.inputs[2], "MatMul")
+    shares = None if context is None else _made_by(context.inputs[0], "Softmax")
+    scores = None if shares is None else _made_by(shares.inputs[0], "Add")
+    if context is None or scores is None:
+        return None
+    before, after = shapes_of(context.outputs[0], shapes), shapes_of(node.outputs[0], shapes)
+    return scores.inputs[1] if before == after and () not in before else None  # else it may give the attention rows
 
 
 def _set_zeros_last(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:

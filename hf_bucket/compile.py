@@ -32,7 +32,7 @@ from hf_bucket.ladder import Ladder, is_auto
 from hf_bucket.machine import package_version
 from hf_bucket.manifest import MANIFEST, SCHEMA_VERSION, Manifest
 from hf_bucket.planner import resolve_ladder
-from hf_bucket.probes import ATOL, Probe, probe_rows, save_probes
+from hf_bucket.probes import ATOL, Probe, padded_masks, probe_rows, save_probes
 from hf_bucket.quantize import FLIPS, SCHEMES, Scheme, calibrate, quantize, speed
 from hf_bucket.recipe import Recipe
 from hf_bucket.runner import MEASURE_S, Runner, RunOptions
@@ -376,7 +376,7 @@ def _cached(job: _Job, ladder: Ladder, report: Report) -> Artifact:
             return
         made = job.make(folder, report)
         try:
-            straighten_saved(folder / GRAPH)
+            straighten_saved(folder / GRAPH, padded_masks(made.probes, made.signature))
         except Exception as error:  # noqa: BLE001 - onnxscript raises anything; as it was exported the graph runs as well
             report(not_used("a graph with less in its attentions", error))
         save_probes(made.probes, job.source["made_by"], folder)

@@ -13,6 +13,7 @@ import numpy as np
 
 from hf_bucket.artifact import WEIGHTS
 from hf_bucket.attention import straighten
+from hf_bucket.batch import Array
 from hf_bucket.errors import ExportError, missing_part
 from hf_bucket.ladder import Bucket
 from hf_bucket.liveness import activation_bytes
@@ -200,11 +201,11 @@ def _map_linked(model: ir.Model) -> None:
         value.const_value = onnx_ir.Tensor(content, name=tensor.name)
 
 
-def straighten_saved(path: Path) -> None:
+def straighten_saved(path: Path, masks: Array | None = None) -> None:
     """Leave out of a saved graph what its attentions do not need; weights stay as they are: see ``straighten``."""
     onnx_ir, _ = _libraries()
     model = load_graph(path)
-    if straighten(model, shapes_by_size(path)):
+    if straighten(model, shapes_by_size(path), masks):
         tidy(model)
         aside = path.with_suffix(".part")
         try:

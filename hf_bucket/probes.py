@@ -140,6 +140,16 @@ def sampler(
     return lambda bucket: sample_batch(encoder, bucket, signature, vocab_size)
 
 
+def padded_masks(probes: Sequence[Probe], signature: Signature) -> NDArray[np.generic] | None:
+    """Return the ``attention_mask`` of the shortest and the longest probe in one batch; None where there is none."""
+    rows = sorted((probe.input_ids for probe in probes), key=len)
+    if not rows:
+        return None
+    bucket = Bucket(batch_size=2, extent=(len(rows[-1]),))
+    batch = pad(probe_features([rows[0], rows[-1]]), Assignment(bucket=bucket, rows=(0, 1)), signature)
+    return batch.arrays.get("attention_mask")
+
+
 def probe_features(rows: Sequence[tuple[int, ...]]) -> Features:
     """Return rows of token ids as a request of single texts, with every input that a graph may take."""
     return Features(

@@ -434,6 +434,136 @@ def test_a_graph_with_branches_is_left_alone() -> None:
     assert_same(without("y = Reshape (joined, rows)", step), 0)
 
 
+# What is asked whether zeros are ever set: a row of one token and a full one.
+MASKS = np.arange(6) < np.array([[1], [6]])
+
+
+def without_zeros(text: str, masks: np.ndarray | None = MASKS) -> tuple[onnx.ModelProto, onnx.ModelProto, int]:
+    """A model whose mask is named as transformers does, the same after ``straighten``, and its choices of zeros."""
+    model = parsed(text.replace(" mask", " attention_mask").replace("(mask", "(attention_mask"))
+    changed = ir.serde.deserialize_model(model)
+    straighten(changed, {size: shapes_at(model, *size) for size in SIZES}, masks)
+    return model, ir.serde.serialize_model(changed), sum(node.op_type == "Where" for node in changed.graph)
+
+
+def padded(model: onnx.ModelProto, lengths: tuple[int, ...], tokens: int = 6) -> np.ndarray:
+    x = np.random.default_rng(0).normal(size=(len(lengths), tokens, 8)).astype(np.float32)
+    return run(model, {"x": x, "attention_mask": np.arange(tokens) < np.array(lengths)[:, None]})
+
+
+def test_zeros_that_no_row_with_a_token_gets_are_left_out() -> None:
+    model, changed, left = without_zeros(ATTENTION)
+    assert left == 0
+    np.testing.assert_allclose(padded(changed, (1, 3, 6)), padded(model, (1, 3, 6)), atol=1e-4, rtol=1e-5)
+    assert not {"Where", "ReduceSum", "Equal"} & {node.op_type for node in changed.graph.node}
+    assert np.isfinite(padded(changed, (0, 3))).all()
+
+
+FILLED = "filled = Where (blind, none, context)"
+SEEN = "keys = Unsqueeze (mask, middle)"
+NEAR = """all = Unsqueeze (mask, middle)
+    tokens = Slice (sizes, at1, at2)
+    many = Squeeze (tokens)
+    first = Constant <value = int64 {0}> ()
+    step = Constant <value = int64 {1}> ()
+    numbers = Range (first, many, step)
+    behind = Unsqueeze (numbers, at1)
+    apart = Sub (behind, numbers)
+    distance = Abs (apart)
+    near = Less (distance, at2)
+    keys = And (all, near)"""
+
+
+HALF = """
+    low16 = Cast <to = 10> (low)
+    cost16 = Cast <to = 10> (hidden)
+    bias16 = Mul (cost16, low16)
+    scores16 = Cast <to = 10> (scores)
+    biased16 = Add (scores16, bias16)
+    shares16 = Softmax <axis = -1> (biased16)
+    values16 = Cast <to = 10> (vt)
+    context16 = MatMul (shares16, values16)
+    none16 = Constant <value = float16 {0}> ()
+    filled16 = Where (blind, none16, context16)
+    filled = Cast <to = 1> (filled16)
+"""
+
+
+@pytest.mark.parametrize(("low", "left"), [(-65504.0, 1), (-30000.0, 0)])
+def test_in_half_precision_a_score_may_take_the_least_number_to_infinity(low: float, left: int) -> None:
+    model, changed, found = without_zeros(without(FILLED, HALF).replace("-10000.0", str(low)))
+    assert found == left
+    np.testing.assert_allclose(padded(changed, (1, 3, 6)), padded(model, (1, 3, 6)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        pytest.param(SEEN, NEAR, id="tokens see near ones only: padding has none"),
+        pytest.param("bias = Mul (cost, low)", "bias = Log (seen)", id="without zeros no number"),
+        pytest.param(
+            "blind = Equal (several, none)",
+            "sums = ReduceSum (x, any)\n total = ReduceSum (sums, at1)\n each = Unsqueeze (total, any)\n"
+            " four = Mul (each, none)\n never = Add (several, four)\n blind = Equal (never, none)",
+            id="asks for more than the mask",
+        ),
+        pytest.param("biased = Add (scores, bias)", "biased = Add (bias, scores)", id="scores are added to"),
+        pytest.param("biased = Add (scores, bias)", "biased = Sub (scores, bias)", id="nothing is added"),
+        pytest.param("shares = Softmax <axis = -1> (biased)", "shares = Sigmoid (biased)", id="no shares"),
+        pytest.param("context = MatMul (shares, vt)", "c = MatMul (shares, vt)\n context = Neg (c)", id="no attention"),
+        pytest.param(FILLED, "filled = Where (blind, vt, context)", id="not one number"),
+        pytest.param(
+            "blind = Equal (several, none)",
+            "other_way = Equal (several, none)\n blind = Not (other_way)",
+            id="whenever there is a token",
+        ),
+    ],
+)
+def test_zeros_that_may_be_needed_stay(line: str, instead: str) -> None:
+    model, changed, left = without_zeros(without(line, instead))
+    assert left == 1
+    np.testing.assert_allclose(padded(changed, (1, 3, 6)), padded(model, (1, 3, 6)), atol=1e-4, rtol=1e-5)
+
+
+def test_without_masks_zeros_stay() -> None:
+    assert without_zeros(ATTENTION, None)[2] == 1
+
+
+def test_a_condition_that_is_an_input_says_nothing_of_zeros() -> None:
+    lines = [line for line in ATTENTION.splitlines() if not line.strip().startswith(("blind =", "several ="))]
+    text = "\n".join(lines).replace("bool[batch, length] mask", "bool[batch, length] mask, bool[batch, 1, 1, 1] blind")
+    assert without_zeros(text)[2] == 1
+
+
+def test_what_is_broadcast_by_the_choice_of_zeros_keeps_it() -> None:
+    """Of a condition per row and an attention for all rows, only the choice has rows."""
+    text = without("context = MatMul (shares, vt)", "v0 = Slice (vt, at0, at1, at0)\n context = MatMul (s0, v0)")
+    text = text.replace(
+        "shares = Softmax <axis = -1> (biased)",
+        "b0 = Slice (scores, at0, at1, at0)\n c0 = Slice (bias, at0, at1, at0)\n sum0 = Add (b0, c0)\n"
+        " s0 = Softmax <axis = -1> (sum0)",
+    )
+    model, changed, left = without_zeros(text)
+    assert left == 1
+    np.testing.assert_allclose(padded(changed, (1, 3, 6)), padded(model, (1, 3, 6)), atol=1e-4, rtol=1e-5)
+
+
+def test_zeros_that_are_the_answer_stay() -> None:
+    text = without("(float[batch, length, 8] y)", "(float[batch, length, 8] y, float[batch, 2, length, 4] filled)")
+    assert without_zeros(text)[2] == 1
+
+
+def test_weights_in_a_file_are_not_read_to_ask(tmp_path: Path) -> None:
+    """As of T5, whose positions are weights."""
+    text = without("blind = Equal (several, none)", "w0 = ReduceMin <keepdims = 0> (wq)\n blind = Less (several, w0)")
+    assert without_zeros(text)[2] == 0, "where weights are in the graph"
+    model = without_zeros(text, None)[0]
+    ir.save(ir.serde.deserialize_model(model), tmp_path / GRAPH, external_data="weights", size_threshold_bytes=0)
+    changed = load_graph(tmp_path / GRAPH)
+    straighten(changed, {size: shapes_at(model, *size) for size in SIZES}, MASKS)
+    assert sum(node.op_type == "Where" for node in changed.graph) == 1
+
+
 def test_a_compiled_bert_has_no_more_than_it_needs(tiny_bert: Path) -> None:
     options = CompileOptions(buckets=[8, 16], batch_sizes=[1, 3])
     graph = compile_model(Source(name=str(tiny_bert)), options, report=lambda line: None).path(GRAPH)
@@ -441,7 +571,7 @@ def test_a_compiled_bert_has_no_more_than_it_needs(tiny_bert: Path) -> None:
     layers = operators["Softmax"]
     assert layers == 2
     assert operators["Transpose"] == operators["Reshape"] == 4 * layers
-    assert operators["Where"] == layers
+    assert operators["Where"] == 0, "every token looks at one as soon as there is one"
     assert len(copying(load_graph(graph))) == 4 * layers
 
 
@@ -461,7 +591,7 @@ def test_a_graph_that_cannot_be_written_again_stays_whole(tmp_path: Path, monkey
 
 
 def test_a_graph_that_cannot_be_straightened_is_used_as_it_is(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(path: Path) -> None:
+    def fails(path: Path, masks: np.ndarray) -> None:
         raise RuntimeError("no such operator\nand more")
 
     monkeypatch.setattr(hf_bucket.compile, "straighten_saved", fails)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,9 @@ from hf_bucket.encode import Encoder
 from hf_bucket.errors import ArtifactError, ExportError
 from hf_bucket.ladder import Bucket
 from hf_bucket.manifest import Validation
-from hf_bucket.probes import PROBE_LENGTHS, PROBES, Probe, load_probes, probe_rows, save_probes, validate
+from hf_bucket.probes import PROBE_LENGTHS, PROBES, Probe, load_probes, padded_masks, probe_rows, save_probes, validate
 from hf_bucket.session import FakeSession
-from hf_bucket.tasks import InputSpec, OutputSpec, Signature
+from hf_bucket.tasks import InputSpec, OutputSpec, PaddingSide, Signature
 
 COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 ENCODER = Encoder(tiny_tokenizer().to_str(), inputs=COLUMNS)
@@ -266,3 +266,17 @@ def test_the_file_is_plain_json(tmp_path: Path) -> None:
     save_probes([probe_of([1, 4, 2])], "onnx", tmp_path)
     expected = {"reference": "onnx", "rows": [{"input_ids": [1, 4, 2], "logits": [7.0, 3.0]}]}
     assert json.loads((tmp_path / PROBES).read_text(encoding="utf-8")) == expected
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_masks_hold_the_shortest_probe_and_the_longest(side: PaddingSide) -> None:
+    masks = padded_masks(PROBES_OF_ALL_LENGTHS[::-1], replace(SIGNATURE, padding_side=side))
+    assert masks is not None
+    assert masks.shape == (2, 64)
+    assert masks.sum(axis=1).tolist() == [2, 64], "two special tokens, and the model's maximum"
+    assert masks[0, -1 if side == "left" else 0] == 1
+
+
+def test_without_probes_or_a_mask_there_are_no_masks() -> None:
+    assert padded_masks((), SIGNATURE) is None
+    assert padded_masks(PROBES_OF_ALL_LENGTHS, replace(SIGNATURE, inputs=SIGNATURE.inputs[:1])) is None
