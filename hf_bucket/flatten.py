@@ -86,7 +86,7 @@ class _Lists:
     def spare(self, node: ir.Node) -> None:
         """Let a node have rows where it had them; a Reshape that need not copy their sizes has the list."""
         for place, value in enumerate(node.inputs):
-            if value is None or value not in self._lists or self._keep_list(node, *self._lists[value]):
+            if value is None or value not in self._lists or self._keep_list(node, self._lists[value][1]):
                 continue
             if value not in self._rows_of:
                 several, features = self._lists[value]
@@ -94,13 +94,13 @@ class _Lists:
                 self._rows_of[value] = self._reshape(value, sizes, behind=value)
             node.replace_input_with(place, self._rows_of[value])
 
-    def _keep_list(self, node: ir.Node, several: bool, features: int) -> bool:
+    def _keep_list(self, node: ir.Node, features: int) -> bool:
         """Let a Reshape keep the list if it can make the same of it, and return whether it does."""
         if node.op_type != "Reshape" or node.domain:
             return False
         if node.attributes.get_int("allowzero", False):
             return True
-        after = _sizes_after(node.inputs[1], features) if several else ()
+        after = _sizes_after(node.inputs[1], features)
         if not after:
             return False
         node.replace_input_with(1, self._sizes_of_rows(after))
