@@ -3,9 +3,8 @@
 As torch's exporter writes it, keys are turned by a Transpose between two Reshapes, queries and keys are each multiplied
 by the root of one scale, and rows without any token to look at are set to zero right before heads are joined. Each of
 these keeps engines from making one step of the whole. Here keys are turned by one Transpose, and the scale is applied
-once, to the first matrix: numbers change by rounding only. Zeros are left out where every token of a row, padding too,
-has one to look at as soon as one is real, and requests without a real token are refused; elsewhere zeros are set once
-heads are joined.
+once, to the first matrix: numbers change by rounding only. Zeros are left out where every token of some masks, padding
+too, has one to look at, since requests without a real token are refused; elsewhere zeros are set once heads are joined.
 
 Heads are split and joined by Reshapes whose rows and tokens are computed from the inputs, once for all. Here they are
 copied from what is reshaped: then the shape is a constant, and OpenVINO need not stop to read it whenever a length
@@ -42,8 +41,8 @@ def straighten(model: ir.Model, shapes: Shapes, masks: Array | None = None) -> i
 
     Args:
         shapes: of the graph's values, for each of ``SIZES``. Without those that it is about, an axis stays where it is.
-        masks: an ``attention_mask`` with a row that is padding but for very few tokens, and one without padding: zeros
-            that it does not call for are left out. None leaves none out.
+        masks: rows of an ``attention_mask``, of one real token and of more: zeros that they do not call for are left
+            out. None leaves none out.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -171,7 +170,7 @@ def _cost_of_tokens(node: ir.Node, shapes: Shapes) -> ir.Value | None:
     context = _made_by(node.inputs[2], "MatMul")
     shares = None if context is None else _made_by(context.inputs[0], "Softmax")
     scores = None if shares is None else _made_by(shares.inputs[0], "Add")
-    if context is None or scores is None:
+    if context is None or scores is None or _made_by(scores.inputs[0], "MatMul") is None:
         return None
     before, after = shapes_of(context.outputs[0], shapes), shapes_of(node.outputs[0], shapes)
     return scores.inputs[1] if before == after and () not in before else None  # else it may give the attention rows

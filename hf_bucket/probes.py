@@ -141,13 +141,17 @@ def sampler(
 
 
 def padded_masks(probes: Sequence[Probe], signature: Signature) -> NDArray[np.generic] | None:
-    """Return the ``attention_mask`` of the shortest and the longest probe in one batch; None where there is none."""
-    rows = sorted((probe.input_ids for probe in probes), key=len)
-    if not rows:
+    """Return rows of an ``attention_mask`` as long as the longest probe; None where the graph has none.
+
+    They have one token, two, half of all, or all, padded on the signature's side; in the last only both ends are real.
+    """
+    dtypes = [spec.dtype for spec in signature.inputs if spec.name == "attention_mask"]
+    length = max((len(probe.input_ids) for probe in probes), default=0)
+    if not length or not dtypes:
         return None
-    bucket = Bucket(batch_size=2, extent=(len(rows[-1]),))
-    batch = pad(probe_features([rows[0], rows[-1]]), Assignment(bucket=bucket, rows=(0, 1)), signature)
-    return batch.arrays.get("attention_mask")
+    masks = np.arange(length) < np.array([[1], [2], [length // 2], [length], [1]])
+    masks[-1, -1] = True
+    return (masks[:, ::-1] if signature.padding_side == "left" else masks).astype(dtypes[0])
 
 
 def probe_features(rows: Sequence[tuple[int, ...]]) -> Features:

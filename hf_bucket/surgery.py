@@ -63,7 +63,7 @@ def insert_behind(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) ->
 def computed(model: ir.Model, value: ir.Value, masks: Array) -> np.ndarray[Any, Any] | None:
     """Return what a value is for an ``attention_mask``; None where other inputs, but for their shape, decide it too.
 
-    Nor is it computed from weights that lie in a file.
+    Nor is it computed from weights that lie in a file, or by operators that are not ONNX's own.
     """
     import onnx_ir
     from onnx.reference import ReferenceEvaluator
@@ -74,7 +74,8 @@ def computed(model: ir.Model, value: ir.Value, masks: Array) -> np.ndarray[Any, 
     inputs = [one for one in graph.inputs if one.uses()]
     read = {one.name for one in inputs if any(use.node.op_type != "Shape" for use in one.uses())}
     in_file = any(isinstance(one.const_value, onnx_ir.ExternalTensor) for one in graph.initializers.values())
-    if in_file or not read <= {"attention_mask"}:
+    own = all(not node.domain for node in graph)
+    if in_file or not own or not read <= {"attention_mask"}:
         return None
     proto = onnx_ir.serde.serialize_model(onnx_ir.Model(graph, ir_version=model.ir_version))
     with np.errstate(all="ignore"):  # what is infinite, or no number, is for the caller to judge

@@ -434,13 +434,17 @@ def test_a_graph_with_branches_is_left_alone() -> None:
     assert_same(without("y = Reshape (joined, rows)", step), 0)
 
 
-# What is asked whether zeros are ever set: a row of one token and a full one.
-MASKS = np.arange(6) < np.array([[1], [6]])
+# What is asked whether zeros are ever set: rows of one token and of more, and a full one.
+MASKS = np.arange(6) < np.array([[1], [2], [6]])
+
+
+def renamed(text: str) -> str:
+    return text.replace(" mask", " attention_mask").replace("(mask", "(attention_mask")
 
 
 def without_zeros(text: str, masks: np.ndarray | None = MASKS) -> tuple[onnx.ModelProto, onnx.ModelProto, int]:
     """A model whose mask is named as transformers does, the same after ``straighten``, and its choices of zeros."""
-    model = parsed(text.replace(" mask", " attention_mask").replace("(mask", "(attention_mask"))
+    model = parsed(renamed(text))
     changed = ir.serde.deserialize_model(model)
     straighten(changed, {size: shapes_at(model, *size) for size in SIZES}, masks)
     return model, ir.serde.serialize_model(changed), sum(node.op_type == "Where" for node in changed.graph)
@@ -472,13 +476,16 @@ NEAR = """all = Unsqueeze (mask, middle)
     distance = Abs (apart)
     near = Less (distance, at2)
     keys = And (all, near)"""
+OTHERS = NEAR.replace("Less (distance, at2)", "Greater (distance, at0)")
 
 
 HALF = """
     low16 = Cast <to = 10> (low)
     cost16 = Cast <to = 10> (hidden)
     bias16 = Mul (cost16, low16)
-    scores16 = Cast <to = 10> (scores)
+    queries16 = Cast <to = 10> (qm)
+    keys16 = Cast <to = 10> (kx)
+    scores16 = MatMul (queries16, keys16)
     biased16 = Add (scores16, bias16)
     shares16 = Softmax <axis = -1> (biased16)
     values16 = Cast <to = 10> (vt)
@@ -501,6 +508,12 @@ def test_in_half_precision_a_score_may_take_the_least_number_to_infinity(low: fl
     [
         pytest.param(SEEN, NEAR, id="tokens see near ones only: padding has none"),
         pytest.param("bias = Mul (cost, low)", "bias = Log (seen)", id="without zeros no number"),
+        pytest.param(
+            "biased = Add (scores, bias)",
+            "gone = Log (seen)\n left = Add (scores, gone)\n biased = Add (left, bias)",
+            id="without zeros no number, whatever is added last",
+        ),
+        pytest.param(SEEN, OTHERS, id="a token alone sees none"),
         pytest.param(
             "blind = Equal (several, none)",
             "sums = ReduceSum (x, any)\n total = ReduceSum (sums, at1)\n each = Unsqueeze (total, any)\n"
@@ -546,6 +559,22 @@ def test_what_is_broadcast_by_the_choice_of_zeros_keeps_it() -> None:
     model, changed, left = without_zeros(text)
     assert left == 1
     np.testing.assert_allclose(padded(changed, (1, 3, 6)), padded(model, (1, 3, 6)), atol=1e-4, rtol=1e-5)
+
+
+def test_zeros_of_unknown_shape_stay() -> None:
+    changed = ir.serde.deserialize_model(parsed(renamed(ATTENTION)))
+    straighten(changed, {size: {} for size in SIZES}, MASKS)
+    assert "Where" in {node.op_type for node in changed.graph}
+
+
+def test_a_condition_by_an_operator_of_another_domain_says_nothing_of_zeros() -> None:
+    text = without("blind = Equal (several, none)", "blind = ours.Equal (several, none)")
+    text = text.replace('"" : 20', '"" : 20, "ours" : 1')
+    changed = ir.serde.deserialize_model(
+        parsed(text.replace(" mask", " attention_mask").replace("(mask", "(attention_mask"))
+    )
+    straighten(changed, {size: shapes_at(parsed(ATTENTION), *size) for size in SIZES}, MASKS)
+    assert "Where" in {node.op_type for node in changed.graph}
 
 
 def test_zeros_that_are_the_answer_stay() -> None:

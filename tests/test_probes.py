@@ -269,12 +269,14 @@ def test_the_file_is_plain_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_masks_hold_the_shortest_probe_and_the_longest(side: PaddingSide) -> None:
+def test_masks_have_from_one_token_to_all_and_one_a_hole(side: PaddingSide) -> None:
     masks = padded_masks(PROBES_OF_ALL_LENGTHS[::-1], replace(SIGNATURE, padding_side=side))
     assert masks is not None
-    assert masks.shape == (2, 64)
-    assert masks.sum(axis=1).tolist() == [2, 64], "two special tokens, and the model's maximum"
-    assert masks[0, -1 if side == "left" else 0] == 1
+    assert (masks.shape, masks.dtype) == ((5, 64), np.int64)
+    assert masks.sum(axis=1).tolist() == [1, 2, 32, 64, 2]
+    padding = np.diff(masks if side == "right" else masks[:, ::-1], axis=1)[:-1]
+    assert (padding <= 0).all(), "which is on one side"
+    assert masks[-1, [0, -1]].tolist() == [1, 1]
 
 
 def test_without_probes_or_a_mask_there_are_no_masks() -> None:
