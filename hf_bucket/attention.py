@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_bucket.surgery import Shapes, computed, constant, has_inner_graphs, insert_behind, reshape_to, shapes_of
+from hf_bucket.surgery import Shapes, constant, has_inner_graphs, insert_behind, reshape_to, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -149,7 +149,7 @@ def _leave_out_zeros(model: ir.Model, nodes: Sequence[ir.Node], shapes: Shapes, 
     """
     costs = {node: cost for node in nodes if (cost := _cost_of_tokens(node, shapes)) is not None}
     asked = {value for node, cost in costs.items() for value in (node.inputs[0], cost)}
-    found = {value: None if value is None else computed(model, value, masks) for value in asked}
+    found = {value: None if value is None else _of_masks(model, value, masks) for value in asked}
     left_out = 0
     for node, cost in costs.items():
         chosen, added, context = found[node.inputs[0]], found[cost], node.inputs[2]
@@ -174,6 +174,29 @@ def _cost_of_tokens(node: ir.Node, shapes: Shapes) -> ir.Value | None:
         return None
     before, after = shapes_of(context.outputs[0], shapes), shapes_of(node.outputs[0], shapes)
     return scores.inputs[1] if before == after and () not in before else None  # else it may give the attention rows
+
+
+def _of_masks(model: ir.Model, value: ir.Value, masks: Array) -> np.ndarray[Any, Any] | None:
+    """Return what a value is for an ``attention_mask``; None where other inputs, but for their shape, decide it too.
+
+    Nor is it computed from weights that lie in a file, or by operators that are not ONNX's own.
+    """
+    import onnx_ir
+    from onnx.reference import ReferenceEvaluator
+
+    if value.producer() is None:
+        return None
+    graph = onnx_ir.convenience.extract(model.graph, model.graph.inputs, [value])
+    inputs = [one for one in graph.inputs if one.uses()]
+    read = {one.name for one in inputs if any(use.node.op_type != "Shape" for use in one.uses())}
+    in_file = any(isinstance(one.const_value, onnx_ir.ExternalTensor) for one in graph.initializers.values())
+    own = all(not node.domain for node in graph)
+    if in_file or not own or not read <= {"attention_mask"}:
+        return None
+    proto = onnx_ir.serde.serialize_model(onnx_ir.Model(graph, ir_version=model.ir_version))
+    with np.errstate(all="ignore"):  # what is infinite, or no number, is for the caller to judge
+        (found,) = ReferenceEvaluator(proto).run(None, {str(one.name): masks for one in inputs})
+    return np.asarray(found)
 
 
 def _set_zeros_last(model: ir.Model, node: ir.Node, shapes: Shapes) -> bool:

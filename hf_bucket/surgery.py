@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-    from hf_bucket.batch import Array
 
 Size = tuple[int, int]  # rows, and tokens of each
 Shapes = Mapping[Size, Mapping[str, tuple[int, ...]]]  # of values by name, for several sizes of input
@@ -58,26 +56,3 @@ def insert_behind(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) ->
         model.graph.insert_before(model.graph[0], nodes)
     else:
         producer.append(nodes)
-
-
-def computed(model: ir.Model, value: ir.Value, masks: Array) -> np.ndarray[Any, Any] | None:
-    """Return what a value is for an ``attention_mask``; None where other inputs, but for their shape, decide it too.
-
-    Nor is it computed from weights that lie in a file, or by operators that are not ONNX's own.
-    """
-    import onnx_ir
-    from onnx.reference import ReferenceEvaluator
-
-    if value.producer() is None:
-        return None
-    graph = onnx_ir.convenience.extract(model.graph, model.graph.inputs, [value])
-    inputs = [one for one in graph.inputs if one.uses()]
-    read = {one.name for one in inputs if any(use.node.op_type != "Shape" for use in one.uses())}
-    in_file = any(isinstance(one.const_value, onnx_ir.ExternalTensor) for one in graph.initializers.values())
-    own = all(not node.domain for node in graph)
-    if in_file or not own or not read <= {"attention_mask"}:
-        return None
-    proto = onnx_ir.serde.serialize_model(onnx_ir.Model(graph, ir_version=model.ir_version))
-    with np.errstate(all="ignore"):  # what is infinite, or no number, is for the caller to judge
-        (found,) = ReferenceEvaluator(proto).run(None, {str(one.name): masks for one in inputs})
-    return np.asarray(found)

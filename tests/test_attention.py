@@ -570,9 +570,7 @@ def test_zeros_of_unknown_shape_stay() -> None:
 def test_a_condition_by_an_operator_of_another_domain_says_nothing_of_zeros() -> None:
     text = without("blind = Equal (several, none)", "blind = ours.Equal (several, none)")
     text = text.replace('"" : 20', '"" : 20, "ours" : 1')
-    changed = ir.serde.deserialize_model(
-        parsed(text.replace(" mask", " attention_mask").replace("(mask", "(attention_mask"))
-    )
+    changed = ir.serde.deserialize_model(parsed(renamed(text)))
     straighten(changed, {size: shapes_at(parsed(ATTENTION), *size) for size in SIZES}, MASKS)
     assert "Where" in {node.op_type for node in changed.graph}
 
